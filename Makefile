@@ -1,0 +1,49 @@
+# Every target sets up what it needs: a .venv with the pinned set of constraints.txt. Python >= 3.10 and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: help train test lint format gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train   train a model that fits this machine on Book/, and read what it writes"
+	@echo "make test    the test suite (CPU; on a CUDA machine the kernels run on the GPU too)"
+	@echo "make gpu     proof and benchmarks of the kernels on this machine's NVIDIA GPU"
+	@echo "make lint    format check, lint, types        make format   rewrite in house style"
+	@echo "ARGS=... is passed on:  make train ARGS='--steps 500'   make test ARGS='-k layer_norm'"
+
+# One stamp per set of extras: a changed pyproject.toml or constraints.txt installs again, otherwise nothing is done.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else f"error: Python {v[0]}.{v[1]} is too old, 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo "setting up $(VENV) (once)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.with-%: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "installing the pinned packages: $*"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(if $(filter core,$*),,[$*])'
+	@touch $@
+
+train: $(VENV)/.with-core
+	@$(BIN)/python train.py $(ARGS)
+
+# One worker per core, whole files to a worker; torch gets one thread in each (tests/conftest.py).
+test: $(VENV)/.with-test
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+lint: $(VENV)/.with-lint
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.with-lint
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+gpu: $(VENV)/.with-core
+	@$(BIN)/python -m bench gpu $(ARGS)
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
