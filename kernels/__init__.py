@@ -1,0 +1,12 @@
+"""Fused Triton kernels of a GPT-2, each beside the PyTorch operator that it replaces.
+
+Every function here runs anywhere: `use_backend` says how the choice is made, `python -m kernels` what it is on this
+machine, `python -m kernels check` proves the kernels on it.
+"""
+
+from ._dispatch import use_backend
+from .attention import attention_dropout_mask, causal_attention
+from .gelu import bias_gelu
+from .layer_norm import layer_norm
+
+__all__ = ["attention_dropout_mask", "bias_gelu", "causal_attention", "layer_norm", "use_backend"]

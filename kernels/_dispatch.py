@@ -1,0 +1,95 @@
+"""The one place that decides between a Triton kernel and PyTorch's own operator."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ._launch import recording
+from ._triton import HAS_TRITON, INTERPRET
+
+Backend = Literal["auto", "triton", "eager"]
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_CAPABILITY = (8, 0)  # Triton's own lower bound; bfloat16 tensor cores start there too
+
+# A plain module global, not a ContextVar: torch.compile guards on it and recompiles when it changes.
+_backend: Backend = "auto"
+_warned: set[str] = set()
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Chooses how the functions of this package run, inside a ``with`` block.
+
+    - ``"auto"`` (the default outside any block): Triton on a CUDA device that it supports, else eager PyTorch. What
+      Triton could not take on a CUDA device is said once, as a warning.
+    - ``"triton"``: Triton or a RuntimeError that says why not. CPU tensors run where ``TRITON_INTERPRET=1`` was set
+      before this package was imported.
+    - ``"eager"``: PyTorch's functional operators under ordinary autograd.
+
+    The choice is global to the process, not per thread.
+    """
+    global _backend
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}: use one of {', '.join(map(repr, get_args(Backend)))}")
+    previous, _backend = _backend, backend
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def current_backend() -> Backend:
+    """The backend that was asked for: "auto" outside any `use_backend` block."""
+    return _backend
+
+
+def device_problem(device_type: str, device_index: int | None = None) -> str | None:
+    """Why Triton cannot run on a device, in words, or None where it can."""
+    if not HAS_TRITON:
+        return "triton is not installed (it is published for Linux)"
+    if INTERPRET:
+        return None
+    if device_type != "cuda":
+        return (
+            f"the input is on {device_type} and Triton compiles for NVIDIA GPUs (TRITON_INTERPRET=1 interprets on CPU)"
+        )
+    if torch.version.hip is not None:
+        return "this torch is built for AMD GPUs and these kernels are written for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability < MIN_CAPABILITY:
+        return "the GPU has compute capability {}.{} and Triton needs 8.0 or newer".format(*capability)
+    return None
+
+
+@torch.compiler.assume_constant_result  # a property of the machine: no graph break, no guard
+def _device_problem_traced(device_type: str, device_index: int | None) -> str | None:
+    return device_problem(device_type, device_index)
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def use_triton(name: str, x: Tensor, unsupported: str | None = None) -> bool:
+    """True if operator `name` is to run its Triton kernel on x.
+
+    unsupported: why the kernel cannot take these arguments, in words; None if it can.
+    """
+    if _backend == "eager" or (_backend == "auto" and not x.is_cuda):
+        return False
+    problem = unsupported if recording() else _device_problem_traced(x.device.type, x.device.index) or unsupported
+    if problem is None and x.dtype not in TRITON_DTYPES:
+        problem = f"the kernel takes float32, float16 and bfloat16, not {x.dtype}"
+    if problem is None:
+        return True
+    if _backend == "triton":
+        raise RuntimeError(f"{name}: backend 'triton' was asked for, but {problem}; use 'auto' or 'eager'")
+    _warn_once(f"{name} runs eagerly: {problem}")
+    return False

@@ -1,0 +1,76 @@
+"""Shared launch helpers: the one call that starts a kernel, row tiles, multiprocessor count."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._triton import triton
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as it was asked for: enough to compile it for any architecture without a GPU."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Inside the block launches are written down and not run: outputs hold whatever memory held."""
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
+def recording() -> bool:
+    """True inside `record_launches`: nothing runs, so any device will do."""
+    return _recorded is not None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """kernel[grid](*args, **meta) on the device of the first tensor argument; an empty grid launches nothing.
+
+    meta holds the tl.constexpr arguments and Triton's own num_warps, num_stages.
+    """
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, meta))
+        return
+    device = next(a for a in args if isinstance(a, Tensor)).device
+    # Triton launches on the current device, which need not be the tensor's on a machine with several.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **meta)
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 2 on a CPU, so that interpreted row loops take several turns."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def row_tile(n: int, elements: int) -> tuple[int, int, int]:
+    """Tile of a row-wise kernel over rows of n: (BLOCK_M, BLOCK_N, num_warps), about `elements` elements a program."""
+    block_n = triton.next_power_of_2(n)
+    block_m = max(1, elements // block_n)
+    # 16 elements a thread keep a row's inputs, its accumulators and its weights in registers.
+    return block_m, block_n, min(32, max(4, block_m * block_n // (32 * 16)))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., N) -> (M, N): a view where strides allow one (any packed, sliced or expanded rows), else a copy."""
+    return x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])

@@ -1,0 +1,21 @@
+"""Triton where it is installed, inert stand-ins where it is not, so that every kernel file imports anywhere."""
+
+from types import SimpleNamespace
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    # Triton decides at import whether @triton.jit compiles or interprets; a later change of the variable has no effect.
+    INTERPRET = bool(triton.knobs.runtime.interpret)
+except ImportError:  # macOS, Windows, or a Linux without the wheel
+    HAS_TRITON = INTERPRET = False
+
+    def _jit(fn=None, **_options):
+        return fn if fn is not None else _jit
+
+    triton = SimpleNamespace(jit=_jit, __version__=None)  # type: ignore[assignment]
+    tl = SimpleNamespace(constexpr=lambda value=None: value)  # type: ignore[assignment]
+
+__all__ = ["HAS_TRITON", "INTERPRET", "tl", "triton"]

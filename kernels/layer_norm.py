@@ -1,0 +1,202 @@
+"""LayerNorm over the last dimension (Ba, Kiros, Hinton 2016, arXiv 1607.06450), forward and backward.
+
+    mean = sum_n x / N        rstd = 1 / sqrt(sum_n (x - mean)^2 / N + eps)
+    xhat = (x - mean) * rstd                 y = xhat * w + b
+
+    g  = dy * w               dx = rstd * (g - mean_n(g) - xhat * mean_n(g * xhat))
+    dw = sum_m dy * xhat      db = sum_m dy
+
+x, y, dy, dx: (M, N) in one dtype; w, b: (N,) in any; mean, rstd: (M,) float32; all arithmetic in float32.
+Bytes that must cross memory: forward reads x and writes y; backward reads x and dy and writes dx.
+The variance is the mean of squared differences, not E[x^2] - E[x]^2: that one cancels where |mean| >> std.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._dispatch import use_triton
+from ._launch import as_rows, launch, row_tile, sm_count
+from ._registry import Case, KernelSpec, register
+from ._triton import tl, triton
+
+MAX_N = 32768  # one row is held in the registers of one program
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr,  # x, y: (M, N)  w, b: (N,)  mean, rstd: (M,)
+    stride_xm, stride_xn, M, N, eps,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    mask = mask_m[:, None] & mask_n[None, :]
+    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+
+    mean = tl.sum(x, 1) / N
+    xc = tl.where(mask_n[None, :], x - mean[:, None], 0.0)  # masked lanes would hold -mean
+    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / N + eps)
+    y = xc * rstd[:, None] * w[None, :]
+    if HAS_BIAS:
+        y += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    dy_ptr, x_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr,  # dw, db: (programs, N) float32 partial sums
+    stride_dym, stride_dyn, stride_xm, stride_xn, M, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    mask_n = offs_n < N
+    w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # Row tiles in steps of the grid: a fixed number of programs bounds the partial sums, and their order is fixed.
+    offs_m = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    for _ in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :] * stride_xn
+        dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)  # 0 -> xhat = 0 on the rows past M
+
+        xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        g = dy * w[None, :]
+        c1 = tl.sum(g, 1) / N
+        c2 = tl.sum(g * xhat, 1) / N
+        dx = (g - c1[:, None] - xhat * c2[:, None]) * rstd[:, None]
+        tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dw += dy * xhat
+        db += dy
+        offs_m += tl.num_programs(0) * BLOCK_M
+    tl.store(dw_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(dw, 0), mask=mask_n)
+    tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
+
+
+@torch.library.custom_op("gpt2::layer_norm_fwd", mutates_args=())
+def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (..., N) any strides -> y: (..., N) contiguous x.dtype, mean: (M,) float32, rstd: (M,) float32."""
+    rows = as_rows(x)
+    M, N = rows.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean = torch.empty(M, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=4096)
+    launch(
+        _layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),),
+        rows, weight.contiguous(), None if bias is None else bias.contiguous(), y, mean, rstd,
+        *rows.stride(), M, N, eps,
+        HAS_BIAS=bias is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+@layer_norm_fwd.register_fake
+def _(x, weight, bias, eps):
+    M = x.shape[:-1].numel()
+    return x.new_empty(x.shape), *(x.new_empty(M, dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("gpt2::layer_norm_bwd", mutates_args=())
+def layer_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, x: (..., N) any strides; mean, rstd: (M,) -> dx: like x, contiguous; dw, db: (N,) float32."""
+    rows, dy_rows = as_rows(x), as_rows(dy)
+    M, N = rows.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=2048)
+    programs = min(triton.cdiv(M, BLOCK_M), 2 * sm_count(x.device))
+    dw = torch.empty((programs, N), dtype=torch.float32, device=x.device)
+    db = torch.empty_like(dw)
+    launch(
+        _layer_norm_bwd_kernel, (programs,),
+        dy_rows, rows, weight.contiguous(), mean, rstd, dx, dw, db, *dy_rows.stride(), *rows.stride(), M, N,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+    )  # fmt: skip
+    return dx, dw.sum(0), db.sum(0)
+
+
+@layer_norm_bwd.register_fake
+def _(dy, x, weight, mean, rstd):
+    return x.new_empty(x.shape), *(weight.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy, _dmean, _drstd):
+    x, weight, mean, rstd = ctx.saved_tensors
+    dx, dw, db = layer_norm_bwd(dy, x, weight, mean, rstd)
+    return dx, dw.to(weight.dtype), None if ctx.bias_dtype is None else db.to(ctx.bias_dtype), None
+
+
+layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _unsupported(x: Tensor) -> str | None:
+    return f"rows of {x.shape[-1]} are longer than the kernel's {MAX_N}" if x.shape[-1] > MAX_N else None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """y = (x - mean) * rstd * weight + bias over the last dimension.
+
+    x: (..., N), any strides, float32/float16/bfloat16; weight, bias: (N,), any floating dtype -> y: (..., N), x.dtype.
+    ValueError if weight or bias is not (N,). Ba et al. 2016, equation 3 and 4.
+    """
+    if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
+        shapes = f"weight {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
+        raise ValueError(f"layer_norm: x {tuple(x.shape)} wants weight and bias of ({x.shape[-1]},), got {shapes}")
+    if use_triton("layer_norm", x, _unsupported(x)):
+        return layer_norm_fwd(x, weight, bias, eps)[0]
+    # PyTorch's operator wants one dtype
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+
+
+def _make_inputs(case: Case, randn: Callable[..., Tensor]) -> dict[str, Any]:
+    M, N = case["M"], case["N"]
+    x = randn(M, N) * 2 + 0.5  # a mean that is not zero shows a variance that cancels
+    return {"x": x, "weight": randn(N) + 1, "bias": randn(N) if case.get("bias", True) else None}
+
+
+def _bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
+    pass_bytes = case["M"] * case["N"] * dtype.itemsize
+    return 2 * pass_bytes, 3 * pass_bytes
+
+
+SPEC = register(
+    KernelSpec(
+        name="layer_norm",
+        fn=layer_norm,
+        make_inputs=_make_inputs,
+        grads=("x", "weight", "bias"),
+        cases=(
+            {"M": 1, "N": 1, "why": "one element: the variance is zero"},
+            {"M": 5, "N": 33, "why": "ragged in both directions"},
+            {"M": 67, "N": 64, "why": "full width, several tiles a program"},
+            {"M": 17, "N": 768, "why": "GPT-2's width"},
+            {"M": 9, "N": 1023, "bias": False, "why": "one masked lane, no bias"},
+            {"M": 3, "N": 5000, "why": "one row a tile, many warps"},
+        ),
+        bench_cases=tuple({"M": 65536 * 768 // N, "N": N} for N in (768, 1024, 1280, 1600)),
+        bytes_moved=_bytes_moved,
+    )
+)

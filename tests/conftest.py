@@ -1,0 +1,32 @@
+"""Shared set-up. Without a CUDA device the kernels run in Triton's interpreter, which must be asked for before import."""
+
+import os
+
+import torch
+
+HAS_CUDA = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+# The workers of pytest-xdist share the cores: more threads in each would only take turns.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    skip = pytest.mark.skip(reason="needs a CUDA GPU of compute capability 8.0 or newer")
+    for item in items:
+        if "gpu" in item.keywords and not HAS_CUDA:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run in this session: the GPU, or the CPU under the interpreter."""
+    return torch.device("cuda" if HAS_CUDA else "cpu")

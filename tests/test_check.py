@@ -1,0 +1,140 @@
+"""`python -m kernels` and `python -m kernels check`, the tolerance rule itself, and life without Triton."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import __main__ as command
+from kernels import _proof, use_backend
+from kernels._registry import KernelSpec, all_specs, register
+
+ROOT = Path(__file__).parent.parent
+
+
+def _scale_spec(factor: float) -> KernelSpec:
+    """A kernel `y = 2x` that is off by a factor on the Triton path."""
+
+    def fn(x):
+        from kernels._dispatch import current_backend
+
+        return x * (2.0 * factor if current_backend() == "triton" else 2.0)
+
+    def make_inputs(case, randn):
+        return {"x": randn(case["M"])}
+
+    return KernelSpec("scale", fn, make_inputs, ("x",), ({"M": 64},), (), lambda case, dtype: (0, 0))
+
+
+@pytest.mark.parametrize("factor, code", [(1.0, 0), (1.001, 1), (float("nan"), 1)])
+def test_check_finds_a_wrong_kernel(factor, code, monkeypatch, capsys, device):
+    monkeypatch.setattr(command, "all_specs", lambda: {"scale": _scale_spec(factor)})
+    assert command.check(["scale"], [torch.float32], device) == code
+    out = capsys.readouterr().out
+    assert ("FAILED scale M=64" in out) == bool(code)
+    assert ("all within the rule" in out) == (not code)
+
+
+def test_check_reports_a_kernel_that_raises_and_goes_on(monkeypatch, capsys, device):
+    def broken(x):
+        raise RuntimeError("no such register")
+
+    bad = _scale_spec(1.0)
+    specs = {"bad": KernelSpec("bad", broken, *list(vars(bad).values())[2:]), "scale": bad}
+    monkeypatch.setattr(command, "all_specs", lambda: specs)
+    assert command.check(["bad", "scale"], [torch.float32], device) == 1
+    out = capsys.readouterr().out
+    assert "FAILED bad M=64 torch.float32: RuntimeError: no such register" in out
+    assert "\nscale " in out
+
+
+def test_the_rule():
+    truth = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    eager = torch.tensor([1.0, -3.0 + 2**-20])
+    # twice eager's error of 2^-20, and two ulps of 3, which lies in [2, 4): 2^-22 each
+    assert _proof.budget(truth, eager, 2.0) == pytest.approx(2 * 2**-20 + 2 * 2**-22)
+    assert _proof.budget(truth.new_empty(0), eager.new_empty(0), 2.0) == 0.0
+    got = torch.tensor([1.0, -3.0 + 2**-18])
+    assert not _proof.compare("op", {}, "y", got, eager, truth, gradient=False).passed
+    with pytest.raises(ValueError, match="eager gives"):
+        _proof.compare("op", {}, "y", got.half(), eager, truth, gradient=False)
+
+
+def test_what_this_machine_has(capsys):
+    assert command.main([]) == 0
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out
+    assert "backend auto picks: " in out and all(name in out for name in all_specs())
+
+
+@pytest.mark.parametrize("argv", [["check", "--op", "nothing"], ["prove"], ["check", "--dtype", "int8"]])
+def test_bad_arguments_get_one_line_and_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(argv)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_taken_name_is_refused():
+    all_specs()
+    with pytest.raises(ValueError, match="'layer_norm' is registered already"):
+        register(all_specs()["layer_norm"])
+
+
+def _python(code: str, **env: str) -> subprocess.CompletedProcess:
+    import os
+
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **env}, cwd=ROOT, timeout=120
+    )
+
+
+NO_TRITON = """
+import sys
+sys.modules["triton"] = None  # import triton raises ImportError
+import torch, kernels
+from kernels.__main__ import main
+x, w = torch.randn(3, 4), torch.ones(4)
+assert torch.equal(kernels.layer_norm(x, w), torch.nn.functional.layer_norm(x, (4,), w))
+assert kernels.causal_attention(torch.randn(1, 3, 12), 2).shape == (1, 3, 4)
+assert kernels.bias_gelu(x, w).shape == x.shape
+try:
+    with kernels.use_backend("triton"):
+        kernels.layer_norm(x, w)
+except RuntimeError as error:
+    assert "triton is not installed" in str(error), error
+else:
+    raise AssertionError("triton ran without triton")
+assert main([]) == 0
+sys.exit(main(["check"]))
+"""
+
+
+def test_everything_but_the_kernels_works_without_triton():
+    done = _python(NO_TRITON)
+    assert done.returncode == 2, done.stderr
+    assert "no triton" in done.stdout
+    assert done.stderr == "error: the kernels cannot run here: triton is not installed (it is published for Linux)\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_triton_on_a_cpu_without_the_interpreter_is_refused():
+    done = _python(
+        "import torch, kernels\n"
+        "try:\n"
+        "    with kernels.use_backend('triton'): kernels.layer_norm(torch.ones(2, 3), torch.ones(3))\n"
+        "except RuntimeError as error: print(error)"
+    )
+    assert done.stdout.startswith("layer_norm: backend 'triton' was asked for, but the input is on cpu"), done
+
+
+def test_backend_is_restored_after_an_error():
+    from kernels._dispatch import current_backend
+
+    with pytest.raises(KeyError), use_backend("eager"):
+        raise KeyError
+    assert current_backend() == "auto"
