@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a CUDA GPU of compute capability 8.0 or newer")
     for item in items:
-        if "gpu" in item.keywords and not HAS_CUDA:
+        if item.get_closest_marker("gpu") and not HAS_CUDA:
             item.add_marker(skip)
 
 

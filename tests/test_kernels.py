@@ -378,3 +378,13 @@ def test_triton_refuses_what_it_cannot_take(device):
 def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'auto', 'triton', 'eager'"), use_backend("cuda"):
         pass
+
+
+@pytest.mark.gpu
+def test_auto_runs_the_kernels_on_a_gpu(monkeypatch):
+    import kernels.layer_norm as module
+
+    calls = []
+    monkeypatch.setattr(module, "layer_norm_fwd", lambda x, *rest: calls.append(x) or (x,))
+    layer_norm(torch.ones(2, 3, device="cuda"), torch.ones(3, device="cuda"))
+    assert len(calls) == 1

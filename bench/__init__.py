@@ -1,0 +1,1 @@
+"""Measurements: what the kernels compile to, how fast they run, how fast the model trains."""
