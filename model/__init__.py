@@ -1,0 +1,1 @@
+"""GPT-2 around the kernels: configuration, network, tokens, data, training state, text generation."""

@@ -1,0 +1,492 @@
+"""Token folders (what is in them, what is refused, what survives a kill) and the batches drawn from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import books
+from model import data as data_module
+from model import tokenizer as tk
+from model.cli import UserError
+from model.data import get_batch, load, prepare, verify, windows
+from model.tokenizer import CharTokenizer, GPT2Tokenizer
+
+ROOT = Path(__file__).parents[1]
+TEXT = "It was a dark night; the wind\nblew, and nobody's lamp burned.\n\n  Naïve 🙂 1815!\n" * 40
+
+
+def corpus(folder: Path, **texts: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    return folder
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Many pieces from a small text: the seams between them are where ids could go wrong."""
+    monkeypatch.setattr(tk, "PIECE", 64)
+    monkeypatch.setattr(tk, "LONGEST_PIECE", 256)
+    monkeypatch.setattr(data_module, "PIECE", 50)
+
+
+# What prepare writes
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 1003, 1115])
+def test_char_split_is_the_first_90_percent_of_the_characters(tmp_path, n, small_pieces):
+    text = TEXT[:n]
+    data = prepare(corpus(tmp_path / "c", a=text) / "a.txt", tmp_path / "tokens", "char")
+    assert (len(data.train), len(data.val)) == (int(0.9 * n), n - int(0.9 * n))
+    assert data.tokenizer.chars == "".join(sorted(set(text)))
+    assert data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val) == text
+
+
+def test_gpt2_ids_are_those_of_the_whole_text(tmp_path, small_pieces):
+    data = prepare(corpus(tmp_path / "c", a=TEXT) / "a.txt", tmp_path / "tokens", "gpt2")
+    encode = tk.gpt2_encoding().encode_ordinary
+    n = int(0.9 * len(TEXT))
+    assert data.train.tolist() == encode(TEXT[:n])
+    assert data.val.tolist() == encode(TEXT[n:])
+
+
+@pytest.mark.parametrize("name", ["char", "gpt2"])
+def test_end_of_text_stands_between_documents_only(tmp_path, name, small_pieces):
+    source = corpus(tmp_path / "c", b="Second document.\n" * 10, a="First <|endoftext|>\n" * 10, c="Third.\n" * 10)
+    data = prepare(source, tmp_path / "tokens", name)
+    eot = data.tokenizer.eot_id
+    texts = [(source / f"{x}.txt").read_text() for x in "abc"]
+    for tokens, part in ((data.train, slice(0, 0.9)), (data.val, slice(0.9, 1))):
+        documents = [t[int(part.start * len(t)) : int(part.stop * len(t))] for t in texts]
+        expected = [i for document in documents for i in [*data.tokenizer.encode(document), eot]][:-1]
+        assert tokens.tolist() == expected
+        assert tokens.tolist().count(eot) == 2
+
+
+def test_a_document_too_short_for_a_split_leaves_no_gap_in_it(tmp_path):
+    # one character: nothing of it is train, so no end of text stands there for it
+    data = prepare(corpus(tmp_path / "c", a="aaaaaaaaaa", b="b", c="cccccccccc"), tmp_path / "tokens", "char")
+    eot = data.tokenizer.eot_id
+    assert data.train.tolist() == [0] * 9 + [eot] + [2] * 9
+    assert data.val.tolist() == [0, eot, 1, eot, 2]
+    # the same for the first document
+    data = prepare(corpus(tmp_path / "d", a="a", b="bbbbbbbbbb", c="cccccccccc"), tmp_path / "tokens", "char")
+    assert data.train.tolist() == [1] * 9 + [eot] + [2] * 9
+
+
+@pytest.mark.parametrize(("val_fraction", "n_train"), [(0, 1000), (0.25, 750), (1, 0)])
+def test_val_fraction(tmp_path, val_fraction, n_train):
+    source = corpus(tmp_path / "c", a=TEXT[:1000])
+    data = prepare(source, tmp_path / "tokens", "char", val_fraction=val_fraction)
+    assert (len(data.train), len(data.val)) == (n_train, 1000 - n_train)
+    assert data.meta["val_fraction"] == val_fraction
+    verify(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("val_fraction", [-0.1, 1.1, float("nan")])
+def test_val_fraction_out_of_range(tmp_path, val_fraction):
+    with pytest.raises(UserError, match="val_fraction"):
+        prepare(corpus(tmp_path / "c", a="text"), tmp_path / "tokens", "char", val_fraction=val_fraction)
+
+
+def test_gutenberg_files_are_cleaned(tmp_path):
+    book = (
+        "\ufeffHeader\r\n*** START OF THE PROJECT GUTENBERG EBOOK A ***\r\n\r\nThe text\r\nof it.\r\n\r\n"
+        "*** END OF THE PROJECT GUTENBERG EBOOK A ***\r\nFooter\r\n"
+    )
+    data = prepare(corpus(tmp_path / "c", a=book), tmp_path / "tokens", "char", val_fraction=0)
+    assert data.tokenizer.decode(data.train) == "The text\nof it.\n"
+
+
+def test_meta_and_files(tmp_path):
+    source = corpus(tmp_path / "c", b="é" * 10, a="\ufeffab\r\n" * 5)
+    corpus(source / "sub", c="xyz" * 10)
+    folder = tmp_path / "tokens"
+    data = prepare(source, folder, "char")
+    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta == data.meta == load(folder).meta
+    assert meta["format"] == 1
+    assert meta["dtype"] == "uint16"
+    # a byte-order mark counts at the beginning of a file only, as Unicode has it
+    assert meta["sources"] == [
+        {"path": "a.txt", "characters": 19},
+        {"path": "b.txt", "characters": 10},
+        {"path": "sub/c.txt", "characters": 30},
+    ]
+    for split in ("train", "val"):
+        content = (folder / f"{split}.bin").read_bytes()
+        text = data.tokenizer.decode(getattr(data, split))
+        assert meta[split]["tokens"] == len(content) // 2 == len(getattr(data, split))
+        assert meta[split]["bytes"] == len(text.encode())
+        assert meta[split]["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_tokens_are_read_only_and_mapped(tmp_path):
+    data = prepare(corpus(tmp_path / "c", a=TEXT), tmp_path / "tokens", "gpt2")
+    assert isinstance(data.train, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        data.train[0] = 1
+
+
+def test_large_vocabulary_takes_uint32(tmp_path):
+    alphabet = "".join(map(chr, range(0x10000, 0x10000 + 0x10000)))  # 65,536 characters and the end of text
+    data = prepare(corpus(tmp_path / "c", a=alphabet), tmp_path / "tokens", "char", val_fraction=0)
+    assert data.meta["dtype"] == "uint32"
+    assert data.train.tolist() == list(range(0x10000))
+    idx, targets = get_batch(data.train, context=4, batch_size=64, seed=0, step=0)
+    assert (targets == idx + 1).all()
+    assert targets.max() > 40_000
+
+    alphabet = alphabet[:-1]
+    assert prepare(corpus(tmp_path / "c", a=alphabet), tmp_path / "tokens", "char").meta["dtype"] == "uint16"
+
+
+def test_a_ready_tokenizer_is_used_as_it_is(tmp_path):
+    tokenizer = CharTokenizer("abcdefgh")
+    data = prepare(corpus(tmp_path / "c", a="hgfedcbaaa"), tmp_path / "tokens", tokenizer)
+    assert data.train.tolist() == [7, 6, 5, 4, 3, 2, 1, 0, 0]
+    assert data.tokenizer.chars == "abcdefgh"
+    with pytest.raises(UserError, match="'x'"):
+        prepare(corpus(tmp_path / "c", a="abcx"), tmp_path / "other", tokenizer)
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(books, "_READ_BYTES", 1 << 16)
+    monkeypatch.setattr(tk, "PIECE", 1 << 14)
+    monkeypatch.setattr(data_module, "PIECE", 1 << 14)
+    text = "".join(f"line {i} of a long text\n" for i in range(4000))
+    path = corpus(tmp_path / "c", a=text) / "a.txt"
+    prepare(path, tmp_path / "tokens", "char")  # imports and caches
+    peaks = []
+    for copies in (10, 40):  # 0.9 and 3.7 MB
+        path.write_text(text * copies)
+        tracemalloc.start()
+        prepare(path, tmp_path / "tokens", "char")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 1e6
+
+
+# A folder is there whole or not at all
+
+
+class Failing(CharTokenizer):
+    """Encodes a few pieces and then fails as told."""
+
+    def __init__(self, chars, error):
+        super().__init__(chars)
+        self.error = error
+        self.calls = 0
+
+    def encode_array(self, text):
+        self.calls += 1
+        if self.calls > 20:
+            raise self.error
+        return super().encode_array(text)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), UserError("no")])
+def test_a_failed_prepare_leaves_nothing_and_keeps_what_was_there(tmp_path, small_pieces, error):
+    source = corpus(tmp_path / "c", a=TEXT)
+    prepare(source, tmp_path / "tokens", "char", val_fraction=0.5)
+    before = (tmp_path / "tokens" / "train.bin").read_bytes()
+    for folder in ("tokens", "new"):
+        with pytest.raises(type(error)):
+            prepare(source, tmp_path / folder, Failing(TEXT, error))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "tokens"]
+    assert (tmp_path / "tokens" / "train.bin").read_bytes() == before
+    verify(tmp_path / "tokens")
+
+
+def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path):
+    source = corpus(tmp_path / "c", a=TEXT)
+    script = """
+import os, signal, sys
+from pathlib import Path
+from model import data, tokenizer
+
+class Killing(tokenizer.CharTokenizer):
+    def save(self, folder):  # the token files are written, meta.json is not
+        os.kill(os.getpid(), signal.SIGKILL)
+
+data.prepare(Path(sys.argv[1]), Path(sys.argv[2]), Killing(Path(sys.argv[1], "a.txt").read_text()))
+"""
+    folder = tmp_path / "tokens"
+    done = subprocess.run([sys.executable, "-c", script, str(source), str(folder)], cwd=ROOT, timeout=120)
+    assert done.returncode == -9
+    assert not folder.exists()
+    left = [path for path in tmp_path.iterdir() if path.name != "c"]
+    assert [path.name.startswith("tokens.incomplete-") for path in left] == [True]
+    with pytest.raises(UserError, match="not a token folder"):
+        load(left[0])
+    assert len(prepare(source, folder, "char").train) == int(0.9 * len(TEXT))
+
+
+def test_prepare_again_replaces_the_folder(tmp_path):
+    prepare(corpus(tmp_path / "c", a=TEXT), tmp_path / "tokens", "char")
+    old = load(tmp_path / "tokens")
+    data = prepare(corpus(tmp_path / "c", a="abab" * 10), tmp_path / "tokens", "gpt2")
+    assert (data.tokenizer.name, load(tmp_path / "tokens").tokenizer.name) == ("gpt2", "gpt2")
+    assert len(old.train) == int(0.9 * len(TEXT))  # an open one stays what it was
+    assert int(old.train.max()) < old.tokenizer.n_vocab
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "tokens"]
+
+
+def test_prepare_into_an_empty_or_a_deep_folder(tmp_path):
+    source = corpus(tmp_path / "c", a=TEXT)
+    (tmp_path / "empty").mkdir()
+    prepare(source, tmp_path / "empty", "char")
+    prepare(source, tmp_path / "run" / "a" / "data", "char")
+    verify(tmp_path / "empty")
+    verify(tmp_path / "run" / "a" / "data")
+
+
+def test_prepare_does_not_replace_what_is_not_a_token_folder(tmp_path):
+    source = corpus(tmp_path / "c", a=TEXT)
+    (tmp_path / "file").write_text("mine")
+    for folder in (source, tmp_path / "file"):
+        with pytest.raises(UserError, match="not a token folder"):
+            prepare(source, folder, "char")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (source / "a.txt").read_bytes() == TEXT.encode()
+
+
+# Refusals
+
+
+def test_prepare_refuses_bad_text_by_name(tmp_path):
+    source = corpus(tmp_path / "c", good="text")
+    for content, message in [
+        (b"", r"bad\.txt has no text"),
+        (b"\xef\xbb\xbf", r"bad\.txt has no text"),
+        (
+            b"*** START OF THE PROJECT GUTENBERG EBOOK A ***\n\n*** END OF THE PROJECT GUTENBERG EBOOK A ***\n",
+            r"bad\.txt has no text",
+        ),
+        (b"PNG\0\1", r"bad\.txt is not a text file"),
+        (b"caf\xe9", r"bad\.txt is not UTF-8: byte 0xe9 at offset 3"),
+    ]:
+        (source / "bad.txt").write_bytes(content)
+        with pytest.raises(UserError, match=message) as error:
+            prepare(source, tmp_path / "tokens", "gpt2")
+        assert len(str(error.value).splitlines()) <= 2
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+def test_prepare_refuses_bad_arguments(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        prepare(tmp_path / "missing", tmp_path / "tokens", "char")
+    source = corpus(tmp_path / "c")
+    with pytest.raises(UserError, match=r"no \.txt file"):
+        prepare(source, tmp_path / "tokens", "char")
+    with pytest.raises(UserError, match="unknown tokenizer 'words'"):
+        prepare(corpus(source, a="text"), tmp_path / "tokens", "words")
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
+    source = corpus(tmp_path / "c", a="some text")
+
+    class Appending(CharTokenizer):
+        @classmethod
+        def build(cls, texts):
+            tokenizer = super().build(texts)
+            (source / "a.txt").write_text("some text some more")
+            return tokenizer
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=r"a\.txt changed"):
+        patch.setitem(tk.TOKENIZERS, "char", Appending)
+        prepare(source, tmp_path / "tokens", "char")
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    prepare(corpus(tmp_path / "c", a=TEXT), tmp_path / "tokens", "char")
+    return tmp_path / "tokens"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"format": 1}', "\x00\xff"])
+def test_load_refuses_a_damaged_meta(folder, content):
+    (folder / "meta.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=r"meta\.json is damaged"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"dtype": "float32"}, "format"),
+        ({"dtype": []}, "damaged"),
+        ({"train": {"tokens": "many"}}, "damaged"),
+        ({"train": {"tokens": float("inf")}}, "damaged"),
+        ({"train": {"tokens": -1}}, r"train\.bin should have"),
+        ({"val": {}}, "damaged"),
+    ],
+)
+def test_load_refuses_a_meta_that_is_not_ours(folder, change, message):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, **change}))
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("damage", ["one byte less", "one token more", "empty", "missing"])
+def test_load_refuses_a_token_file_of_the_wrong_size(folder, name, damage):
+    content = (folder / name).read_bytes()
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(
+            {"one byte less": content[:-1], "one token more": content + b"\0\0", "empty": b""}[damage]
+        )
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        load(folder)
+
+
+def test_load_refuses_what_is_not_a_token_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "missing"):
+        with pytest.raises(UserError, match="not a token folder"):
+            load(path)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_verify_finds_one_wrong_bit(folder, name):
+    verify(folder)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    load(folder)
+    with pytest.raises(UserError, match=rf"{name[:-4]}\.bin is damaged"):
+        verify(folder)
+
+
+# Batches
+
+
+def test_batch_is_made_of_windows_and_their_next_tokens():
+    tokens = np.arange(1000, dtype=np.uint16)
+    idx, targets = get_batch(tokens, context=16, batch_size=8, seed=3, step=5)
+    for tensor in (idx, targets):
+        assert (tensor.shape, tensor.dtype, tensor.device.type) == ((8, 16), torch.int64, "cpu")
+        assert tensor.is_contiguous()
+    assert (targets == idx + 1).all()
+    assert (idx[:, 1:] == idx[:, :-1] + 1).all()
+
+
+def test_batch_at_the_smallest_legal_length():
+    tokens = np.array([5, 6, 7, 8], dtype=np.uint16)
+    for step in range(20):
+        idx, targets = get_batch(tokens, context=3, batch_size=2, seed=0, step=step)
+        assert idx.tolist() == [[5, 6, 7]] * 2
+        assert targets.tolist() == [[6, 7, 8]] * 2
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_batch_refuses_too_short_a_text(n):
+    with pytest.raises(UserError, match="too few for a context of 3: 4 are needed"):
+        get_batch(np.zeros(n, dtype=np.uint16), context=3, batch_size=2, seed=0, step=0)
+
+
+def test_batch_reaches_every_place_equally():
+    tokens = np.arange(12, dtype=np.uint16)  # 12 - 4 = 8 places
+    starts = torch.cat([get_batch(tokens, context=4, batch_size=32, seed=1, step=s)[0][:, 0] for s in range(250)])
+    counts = torch.bincount(starts, minlength=8)
+    assert len(counts) == 8
+    assert (counts - 1000).abs().max() < 150  # 5 standard deviations of a binomial draw
+
+
+def test_batch_is_a_pure_function_of_seed_and_step():
+    tokens = np.arange(50_000, dtype=np.uint16)
+
+    def draw(seed, step):
+        return get_batch(tokens, context=8, batch_size=16, seed=seed, step=step)[0][:, 0].tolist()
+
+    wanted = [draw(7, step) for step in range(10)]
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert [draw(7, step) for step in reversed(range(10))] == wanted[::-1]
+    assert draw(np.int64(7), np.int64(9)) == wanted[9]
+    others = [draw(seed, step) for seed in (0, 7, 8, 2**64) for step in (0, 1, 2**40)]
+    flat = [start for starts in others for start in starts]
+    assert len(set(map(tuple, others))) == len(others)
+    assert len(set(flat)) > 0.98 * len(flat)  # no two draws share a stretch of the generator
+
+
+def test_batch_stays_the_same_in_every_version():
+    # a run that is resumed after an upgrade must go on with the same batches
+    tokens = np.arange(60_000, dtype=np.uint16)
+    idx, _ = get_batch(tokens, context=1, batch_size=5, seed=1234, step=56)
+    assert idx[:, 0].tolist() == [55954, 45487, 888, 9640, 534]
+
+
+def test_changing_a_batch_leaves_the_tokens_alone():
+    tokens = np.arange(100, dtype=np.uint16)
+    idx, targets = get_batch(tokens, context=4, batch_size=2, seed=0, step=0)
+    idx.fill_(0)
+    assert (targets >= 1).all()
+    assert tokens.tolist() == list(range(100))
+
+
+# Windows
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8, 9, 12, 13, 14, 29])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_windows_cover_everything_once_in_order(n, batch_size):
+    tokens = np.arange(100, 100 + n, dtype=np.uint16)
+    batches = list(windows(tokens, 4, batch_size))
+    idx, targets = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert idx.dtype == targets.dtype == torch.int64
+    assert idx.shape == targets.shape == (-(-(n - 1) // 4), 4)
+    assert [len(part) for part, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    real = targets != -100
+    assert targets[real].tolist() == tokens[1:].tolist()
+    assert idx[real].tolist() == tokens[:-1].tolist()
+    assert real.flatten().tolist() == [True] * (n - 1) + [False] * (real.numel() - n + 1)
+    assert (idx[~real] == 0).all()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_windows_refuses_at_once(n):
+    with pytest.raises(UserError, match="at least 2"):
+        windows(np.zeros(n, dtype=np.uint16), 4, 2)
+
+
+# Progress
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_silent_for_short_work_and_tells_the_time_left(monkeypatch, capsys, terminal):
+    clock = [0.0]
+    monkeypatch.setattr(data_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    progress = data_module._Progress("encoding", 200_000_000)
+    for clock[0] in (0.5, 1.0, 1.9):
+        progress.advance(1_000_000)
+    assert capsys.readouterr().err == ""
+    clock[0] = 10.0
+    progress.advance(97_000_000)
+    assert "encoding: 50% of 200 MB | 10.0 MB/s | 0:10 left" in capsys.readouterr().err
+    clock[0] = 10.5
+    progress.advance(1)
+    progress.close()
+    printed = capsys.readouterr().err
+    assert (printed.count("\r") == 3) if terminal else (printed == "")
+
+
+def test_gpt2_needs_no_first_look_at_the_text_but_it_is_counted(tmp_path):
+    data = prepare(corpus(tmp_path / "c", a=TEXT, b="x"), tmp_path / "tokens", GPT2Tokenizer())
+    assert [source["characters"] for source in data.meta["sources"]] == [len(TEXT), 1]
