@@ -407,7 +407,8 @@ attention_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 def _eager(qkv: Tensor, n_head: int, dropout_p: float, seed: int | Tensor | None, sm_scale: float) -> Tensor:
     """PyTorch's own attention; with dropout and a seed the probabilities are written out, to take the kernel's mask."""
-    q, k, v = qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D), strided view
+    # each (B, H, T, D), strided view; three chunks and not one permuted view, whose gradient would be copied once more
+    q, k, v = (x.unflatten(-1, (n_head, -1)).transpose(1, 2) for x in qkv.chunk(3, -1))
     if dropout_p == 0.0 or seed is None:
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, scale=sm_scale)
     else:

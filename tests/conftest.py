@@ -1,14 +1,13 @@
-"""Shared set-up. Without a CUDA device the kernels run in Triton's interpreter, which must be asked for before import."""
+"""Shared set-up. Without a CUDA device the kernels run in Triton's interpreter: to be asked for before its import."""
 
 import os
 
+import pytest
 import torch
 
 HAS_CUDA = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
-
-import pytest
 
 # The workers of pytest-xdist share the cores: more threads in each would only take turns.
 torch.set_num_threads(1)

@@ -1,0 +1,200 @@
+"""GPT-2 (Radford et al., 2019) as published: learned positions, pre-LayerNorm, tanh-GELU, biases, tied output head.
+
+    x = wte[idx] + wpe[0..T-1]
+    x = x + attn(ln_1(x))           n_layer times
+    x = x + mlp(ln_2(x))
+    logits = ln_f(x) @ wte.T        loss = mean over targets of -log softmax(logits)[target]
+
+B: batch, T: tokens, C: n_embd, H: heads, V: vocabulary. Attention, LayerNorm and GELU come from `kernels`, which knows
+what runs on which device.
+
+Precision is explicit: parameters are float32, activations live in the one dtype given to GPT(config, dtype), and a
+weight is cast to it where it is used. In float32 that cast is free.
+
+Names are those of Hugging Face's GPT2LMHeadModel, weights in nn.Linear's order (out, in). The output head is tied, and
+here that means one parameter, transformer.wte.weight: lm_head.weight is no second name for it in parameters(),
+state_dict() or a file, so nothing can come untied. load_state_dict takes Hugging Face's habit of repeating it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import bias_gelu, causal_attention, layer_norm
+from model.config import ACTIVATIONS, GPTConfig
+
+IGNORE = -100  # a target that does not count in the loss
+
+
+class GPT(nn.Module):
+    """The language model. Parameters float32; activations and logits in `dtype`; loss float32."""
+
+    def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.transformer = Transformer(config)
+        self.reset_parameters()
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, logits: Literal["all", "last"] = "all"
+    ) -> tuple[Tensor, Tensor | None]:
+        """idx, targets: (B, T) int64, T <= n_positions -> logits: (B, T, V) in self.dtype, loss: () float32 or None.
+
+        The loss is the mean cross-entropy in nats over the targets that are not -100. logits="last" computes the last
+        position only, (B, 1, V), for generation. Raises ValueError for a sequence longer than n_positions, and on a
+        CPU for ids outside the vocabulary; a CUDA device reports those by its own assertion, as looking would make
+        the host wait in every step.
+        """
+        if logits == "last" and targets is not None:
+            raise ValueError('a loss needs the logits of all positions: call with logits="all", or without targets')
+        x = self._embed(idx)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        if logits == "last":
+            x = x[:, -1:]  # (B, 1, C)
+        scores = self._head(self.transformer.ln_f(x))  # (B, T or 1, V)
+        if targets is None:
+            return scores, None
+        # The softmax and its sum over V = 50,257 terms need more digits than bfloat16's 8 bits.
+        loss = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+        return scores, loss
+
+    def _embed(self, idx: Tensor) -> Tensor:
+        """(B, T) ids -> (B, T, C), summed in float32 and rounded once."""
+        T = idx.shape[1]
+        if self.config.n_positions < T:
+            raise ValueError(f"a sequence of {T} tokens is longer than the model's {self.config.n_positions} positions")
+        try:
+            tokens = self.transformer.wte(idx)  # (B, T, C)
+        except IndexError:
+            low, high, V = int(idx.min()), int(idx.max()), self.config.vocab_size
+            raise ValueError(f"token ids must lie in [0, {V}), got ids from {low} to {high}") from None
+        positions = self.transformer.wpe.weight[:T]  # (T, C)
+        return F.dropout((tokens + positions).to(self.dtype), self.config.embd_pdrop, self.training)
+
+    def _head(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., V), with the token embedding as the weight."""
+        weight = self.transformer.wte.weight.to(x.dtype)  # (V, C)
+        if not x.is_cuda:
+            return F.linear(x, weight)
+        # Rows of zeros up to a multiple of 128: 50,257 columns are odd, and the tensor cores' fast tiles need aligned
+        # rows of logits. The crop keeps the padding out of the softmax. A CPU gains nothing from it.
+        V = self.config.vocab_size
+        return F.linear(x, F.pad(weight, (0, 0, 0, -V % 128)))[..., :V]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """GPT-2's initialisation, drawn from torch's global generator.
+
+        Weights are normal with deviation initializer_range; the two projections per block that write into the residual
+        stream are scaled by 1 / sqrt(2 * n_layer), which keeps its variance from growing with depth.
+        """
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+            elif ".ln_" in name:
+                parameter.fill_(1.0)
+            elif name.endswith(".c_proj.weight"):
+                parameter.normal_(0.0, std / math.sqrt(2 * self.config.n_layer))
+            else:
+                parameter.normal_(0.0, std)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """nn.Module's; the state dict may repeat the tied weight as lm_head.weight. ValueError if that one differs."""
+        state_dict = dict(state_dict)
+        head = state_dict.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, state_dict.setdefault("transformer.wte.weight", head)):
+            raise ValueError(
+                "lm_head.weight differs from transformer.wte.weight: this model ties the two, as GPT-2 does"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+class Transformer(nn.Module):
+    """Embeddings, blocks and the last LayerNorm: a home for their parameters under Hugging Face's names."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config)
+
+
+class Block(nn.Module):
+    """One layer: two sub-layers, each reading a normalised copy of the residual stream and adding to it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+        self.resid_pdrop = config.resid_pdrop
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + F.dropout(self.attn(self.ln_1(x)), self.resid_pdrop, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, self.training)
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token reads from itself and the tokens before it, with H heads of C // H channels."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.attn_pdrop = config.attn_pdrop
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        qkv = self.c_attn(x)  # (B, T, 3C): queries, keys, values side by side, and they stay packed
+        o = causal_attention(qkv, self.n_head, dropout_p=self.attn_pdrop if self.training else 0.0)  # (B, T, C)
+        return self.c_proj(o)
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.approximate = ACTIVATIONS[config.activation_function]
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        h = F.linear(x, self.c_fc.weight.to(x.dtype))  # (B, T, 4C); its bias is added by the GELU kernel
+        return self.c_proj(bias_gelu(h, self.c_fc.bias, self.approximate))
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in the dtype of its input."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: GPT.reset_parameters draws every weight, and nn.Linear's own draw would only cost time."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the channels, through the kernel."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of trainable and frozen values; the tied weight counts once. 124,439,808 for the gpt2 preset."""
+    return sum(parameter.numel() for parameter in model.parameters())
