@@ -76,7 +76,7 @@ def _is_number(value: object) -> bool:
 
 PRESETS: dict[str, GPTConfig] = {
     # tiny and char are for any text: the tokenizer's vocabulary replaces vocab_size.
-    "tiny": GPTConfig(n_layer=4, n_head=4, n_embd=128, n_positions=128),
+    "tiny": GPTConfig(n_layer=4, n_head=4, n_embd=128, n_positions=64),
     # nanoGPT's shakespeare-char, which has no biases either.
     "char": GPTConfig(
         n_layer=6, n_head=6, n_embd=384, n_positions=256, embd_pdrop=0.2, resid_pdrop=0.2, attn_pdrop=0.2, bias=False

@@ -1,0 +1,108 @@
+"""How well a model predicts a text: loss in nats per token, perplexity, bits per byte.
+
+    python -m model.evaluate runs/tiny                     # on the validation split of the run
+    python -m model.evaluate runs/tiny --data other.txt    # on a text of yours
+
+    loss = mean of -log p(token | tokens before it in its window)     perplexity = exp(loss)
+    bits per byte = loss / log(2) * tokens / bytes                    comparable between tokenizers
+
+The text is cut into windows of the model's context that do not overlap, so the first tokens of each are predicted from
+little: a model with a longer context gains from that alone.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from model import data
+from model.checkpoint import load_model
+from model.cli import UserError, pick_device, run
+from model.gpt import GPT, IGNORE
+
+
+@torch.no_grad()
+def evaluate(model: GPT, tokens: np.ndarray, *, context: int, batch_size: int, max_batches: int | None = None) -> float:
+    """Mean loss in nats of `model` over `tokens`, a 1-D array of ids.
+
+    max_batches: take at most so many batches of batch_size * context tokens, spread evenly over the text; always the
+    same ones, so that two results compare. The model is in evaluation mode meanwhile, and afterwards in the mode it
+    had; no random number is drawn. Raises UserError for less than two tokens.
+    """
+    device = next(model.parameters()).device
+    batches = math.ceil((len(tokens) - 1) / (context * batch_size))
+    stride = math.ceil(batches / max_batches) if max_batches else 1
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0  # summed on the device: one wait at the end
+    was_training = model.training
+    model.eval()
+    try:
+        for idx, targets in islice(data.windows(tokens, context, batch_size), 0, None, stride):
+            _, loss = model(idx.to(device), targets.to(device))
+            n = int((targets != IGNORE).sum())
+            total += loss.double() * n
+            count += n
+    finally:
+        model.train(was_training)
+    return total.item() / count
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss): among so many equally likely tokens a guess is as hard. inf where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
+    """loss in nats per token -> bits per byte of UTF-8, for a text of so many tokens and bytes."""
+    return loss / math.log(2) * tokens / n_bytes
+
+
+def describe(loss: float, tokens: int, n_bytes: int) -> str:
+    """`validation loss 1.5123 | perplexity 4.54 | 2.182 bits per byte`, without the first word."""
+    bits = bits_per_byte(loss, tokens, n_bytes)
+    return f"loss {loss:.4f} | perplexity {perplexity(loss):.2f} | {bits:.3f} bits per byte"
+
+
+Source = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure how well the model of a run predicts a text."""
+
+    run: tyro.conf.Positional[Path]  # folder of a training run
+    data: Source = None  # text file, or folder of them; without it the validation text of the run
+    which: str = "best"  # checkpoint: last, best (lowest validation loss), or a name such as step-00000100
+    batch_size: int = 16  # windows at once: what memory has to hold
+    max_batches: int | None = None  # measure on so many batches at most, spread over the text
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
+
+
+def main(cfg: EvaluateConfig) -> None:
+    for name in ("batch_size", "max_batches"):
+        if (value := getattr(cfg, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    model, tokenizer = load_model(cfg.run, pick_device(cfg.device), which=cfg.which)
+    with tempfile.TemporaryDirectory() as temporary:
+        if cfg.data is None:
+            text = data.load(cfg.run / "data")
+            tokens, n_bytes, name = text.val, text.meta["val"]["bytes"], "validation"
+        else:
+            text = data.prepare(cfg.data, Path(temporary) / "data", tokenizer, val_fraction=0.0)
+            tokens, n_bytes, name = text.train, text.meta["train"]["bytes"], str(cfg.data)
+        loss = evaluate(
+            model, tokens, context=model.config.n_positions, batch_size=cfg.batch_size, max_batches=cfg.max_batches
+        )
+    print(f"{len(tokens):,} tokens, {n_bytes:,} bytes")
+    print(f"{name} {describe(loss, len(tokens), n_bytes)}")
+
+
+if __name__ == "__main__":
+    run(main, EvaluateConfig, prog="python -m model.evaluate")

@@ -1,0 +1,237 @@
+"""What every command shares: options into a dataclass, errors in plain words, the live line."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+import tyro
+
+from model.cli import LiveLine, UserError, explain, pick_device, run
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Bake bread."""
+
+    flour_g: int = 500  # grams of flour
+    heat: float = 230.0  # degrees Celsius
+    grain: Literal["rye", "wheat"] = "rye"  # kind of flour
+    salt: bool = True  # add salt
+
+
+@dataclass(frozen=True)
+class WithFolder:
+    folder: tyro.conf.Positional[Path]  # where to write
+    n: int = 1  # how many
+
+
+def call(main, *argv, config=Config, default=None) -> int:
+    """The exit code of one call."""
+    try:
+        run(main, config, prog="bake", default=default, argv=argv)
+    except SystemExit as exit_:
+        return exit_.code
+    return 0
+
+
+def raising(error):
+    def main(config):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("default", "expected"),
+    [
+        (None, Config(flour_g=700)),
+        (Config(heat=180.0), Config(flour_g=700, heat=180.0)),
+        (lambda args: Config(heat=float(len(args))), Config(flour_g=700, heat=2.0)),
+    ],
+    ids=["dataclass", "instance", "function"],
+)
+def test_options_go_before_defaults(default, expected):
+    seen = []
+    assert call(seen.append, "--flour-g", "700", default=default) == 0
+    assert seen == [expected]
+
+
+def test_help_names_options_units_and_defaults(capsys):
+    assert call(print, "--help", default=Config(heat=180.0)) == 0
+    captured = capsys.readouterr()
+    for words in ("Bake bread.", "--flour-g INT", "grams of flour", "180.0", "{rye,wheat}", "--no-salt"):
+        assert words in captured.out
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])  # tyro frames its reports differently on the two
+@pytest.mark.parametrize(
+    ("config", "argv", "words"),
+    [
+        (Config, ["--flour-g", "much"], "--flour-g: invalid literal for int() with base 10: 'much'"),
+        (Config, ["--flour", "5"], "unrecognized options: --flour, 5 (did you mean --flour-g?)"),
+        (Config, ["--zzzzzzzz"], "unrecognized options: --zzzzzzzz"),
+        (Config, ["--heat"], "missing value for argument '--heat'"),
+        (Config, ["--grain", "oat"], "invalid choice 'oat' for argument '--grain'. Expected one of ('rye', 'wheat')"),
+        (Config, ["loaf"], "unrecognized options: loaf"),
+        (WithFolder, [], "missing from bake: PATH where to write"),
+        (Config, ["--" + "y" * 5000], "..."),
+    ],
+    ids=["bad value", "near miss", "unknown", "no value", "choice", "stray", "missing", "long"],
+)
+def test_parse_errors_are_two_plain_lines(config, argv, words, encoding, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert call(print, *argv, config=config) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: ") and second == "see `bake --help`"
+    assert words.lower() in first.lower() and len(first) < 330
+    assert not set("╭│╰─\x1b") & set(first)
+
+
+def test_user_error_is_its_message_and_exit_code_2(capsys):
+    assert call(raising(UserError("the oven is cold\nheat it"))) == 2
+    assert capsys.readouterr().err == "error: the oven is cold\nheat it\n"
+
+
+def test_a_user_error_may_have_its_own_exit_code(capsys):
+    class Burnt(UserError):
+        exit_code = 1
+
+    assert call(raising(Burnt("burnt"))) == 1
+    assert call(print, default=lambda args: raising(UserError("no such preset"))(args)) == 2
+    assert "no such preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/a.bin"), "the disk is full while writing out/a.bin"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full while writing a file"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "a.bin"), "the disk is full while writing a.bin"),
+        (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), "no permission for /etc/x"),
+        (OSError(errno.EROFS, "Read-only file system", "/ro/x"), "/ro/x is on a read-only file system"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "bread.txt"),
+            "no such file or folder: bread.txt",
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.txt/b"), "a.txt/b: Not a directory"),
+    ],
+)
+def test_errors_about_files_are_one_line(error, words, capsys):
+    assert call(raising(error)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {words}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a bug"), OSError(errno.EINVAL, "a bug")])
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error), match="a bug"):
+        run(raising(error), Config, prog="bake", argv=[])
+
+
+def test_explain_knows_a_real_error(tmp_path):
+    with pytest.raises(OSError) as caught:
+        (tmp_path / "missing").read_text()
+    assert explain(caught.value) == f"no such file or folder: {tmp_path / 'missing'}"
+
+
+def test_interrupt_is_exit_code_130(capsys):
+    assert call(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+SCRIPT = """
+import sys
+from dataclasses import dataclass
+from model.cli import run
+@dataclass(frozen=True)
+class Config:
+    n: int = 1
+run(lambda config: [print("\\u2014" * 70) for _ in range(config.n)], Config, prog="x")
+"""
+
+
+@pytest.mark.parametrize("n", ["20000", "1"], ids=["in the middle", "at the end"])
+def test_a_reader_that_goes_away_is_no_error(n):
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", SCRIPT, "--n", n]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
+def test_what_the_terminal_cannot_show_is_replaced():
+    env = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"?" * 70 + b"\n", b"")
+
+
+def test_pick_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [pick_device(name) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [pick_device(name) for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    with pytest.raises(UserError, match="--device cpu"):
+        pick_device("cuda")
+
+
+def test_without_a_terminal_every_update_is_a_line(capsys):
+    with LiveLine() as line:
+        line.update("step 1")
+        line.print("[bold]validation[/bold] 3")
+        line.update("step 2 " + "x" * 300)
+    assert not line.is_live
+    assert capsys.readouterr().out == f"step 1\n[bold]validation[/bold] 3\nstep 2 {'x' * 300}\n"
+
+
+def test_on_a_terminal_updates_take_one_line_and_leave_none(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    with LiveLine() as line:
+        assert line.is_live
+        line.update("step 1 " + "x" * 300)
+        assert screen(sys.stdout.getvalue()) == ["step 1 " + "x" * 32 + "\u2026"]
+        line.print("[bold]validation[/bold] 3")
+        line.update("step 2")
+    shown = screen(sys.stdout.getvalue())
+    assert [row for row in shown if row] == ["[bold]validation[/bold] 3"]
+
+
+def screen(output: str) -> list[str]:
+    """What is left on a terminal after `output`, for the few control sequences that rich's live display writes."""
+    rows, row, column = [""], 0, 0
+    for token in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", output):
+        if token == "\n":
+            row += 1
+            rows += [""] * (row + 1 - len(rows))
+            column = 0
+        elif token == "\r":
+            column = 0
+        elif token.startswith("\x1b["):
+            if token.endswith("K"):
+                rows[row] = rows[row][:column] if token == "\x1b[K" else ""
+            elif token.endswith("A"):
+                row = max(0, row - int(token[2:-1] or 1))
+        else:
+            rows[row] = rows[row][:column].ljust(column) + token + rows[row][column + len(token) :]
+            column += len(token)
+    return rows

@@ -1,0 +1,95 @@
+"""The README tells the truth: every command in it runs, every file in its tree exists."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+
+# What keeps a command short here; the command itself stays as a reader would type it.
+TINY = ["--n-layer", "1", "--n-embd", "16", "--context", "16", "--batch-size", "2", "--eval-every", "2"]
+SHORTER = {
+    "python train.py --data": [*TINY, "--steps", "2"],
+    "python train.py --resume": ["--steps", "6"],
+    "python train.py --preset gpt2": [*TINY, "--steps", "2", "--n-head", "1"],
+    "python -m model.generate": ["--tokens", "20"],
+    "python -m kernels check": ["--op", "bias_gelu", "--dtype", "float32"],
+    "python -m bench static": ["--op", "bias_gelu", "--bench-only"],
+    "python -m bench train": ["--batch", "1", "--context", "8", "--seconds", "0.01"],
+}
+MAKE = {"make train": "python train.py", "make test": "python -m pytest", "make gpu": "python -m bench gpu"}
+
+
+def _run(argv, cwd):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder like a fresh clone, with a corpus of the reader's own and a first run in runs/tiny."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("train.py", "Book", "kernels", "model", "bench", "Makefile", "pyproject.toml", "constraints.txt"):
+        (folder / name).symlink_to(ROOT / name)
+    text = "CHAPTER I. A dog and a cat\n\n" + "The dog saw the cat, and the cat saw the dog.\n" * 60
+    (folder / "corpus.txt").write_text(text)
+    done = _run([sys.executable, "train.py", *TINY, "--steps", "2", "--data", "corpus.txt"], folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs" / "tiny").is_dir()
+    return folder
+
+
+def test_the_readme_has_commands():
+    assert {"make train", "make test"} <= set(COMMANDS) and len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_every_command_of_the_readme_runs(command, folder):
+    if command in MAKE:  # what it would run; the rest is installation
+        done = _run(["make", "-n", command.removeprefix("make ")], folder)
+        assert done.returncode == 0 and f".venv/bin/{MAKE[command]}" in done.stdout, done.stdout + done.stderr
+        return
+    argv = shlex.split(command)
+    assert argv[0] == "python", f"no test knows how to run {command!r}"
+    extra = next((more for start, more in SHORTER.items() if command.startswith(start)), [])
+    done = _run([sys.executable, *argv[1:], *extra], folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip()
+
+
+def test_every_file_of_the_tree_exists():
+    tree = README.split("```text\n")[1].split("```")[0]
+    folder, seen = ROOT, 0
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            folder = ROOT
+        for name in re.findall(r"(?<!\S)[\w./]+(?:\.py|/)(?=\s|:|;|$)", line):
+            assert (folder / name.rstrip(";:")).exists(), name
+            seen += 1
+            if name.endswith("/"):
+                folder = ROOT / name
+    assert seen > 20
+
+
+def test_every_python_file_is_in_the_tree():
+    tree = README.split("```text\n")[1].split("```")[0]
+    for folder in ("kernels", "model"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.name == "__init__.py" or path.name in tree, f"{folder}/{path.name}"
+
+
+def test_gpt2_has_the_parameters_that_the_readme_says():
+    from model.config import PRESETS
+    from model.gpt import GPT, num_parameters
+
+    with torch.device("meta"):
+        assert f"{num_parameters(GPT(PRESETS['gpt2'])):,} parameters" in README
