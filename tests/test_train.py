@@ -207,7 +207,9 @@ def test_the_best_weights_are_saved_and_write_the_sample_and_the_report(here, ca
     out = capsys.readouterr().out
     assert f"the best, of step 10, wrote the text above\nvalidation loss {validation[10]:.4f}" in out
     model, tokenizer = checkpoint.load_model(here / "runs/tiny", which="step-00000010")
-    ids = generate(model, tokenizer.encode("CHAPTER I. "), tokens=40, temperature=train.SAMPLE_TEMPERATURE, top_k=40, seed=1337)
+    ids = generate(
+        model, tokenizer.encode("CHAPTER I. "), tokens=40, temperature=train.SAMPLE_TEMPERATURE, top_k=40, seed=1337
+    )
     assert (here / "runs/tiny/sample.txt").read_text() == "CHAPTER I. " + tokenizer.decode(list(ids)) + "\n"
 
 
@@ -306,7 +308,7 @@ def straight_run(here: Path) -> Path:
 
 KILLED = """
 import os, signal, sys, torch, train
-from model.cli import UserError, run
+from model.cli import run
 torch.set_num_threads(1)
 def kill_in_step_16(step, lr_at=train.lr_at, **schedule):
     if step == 15:
