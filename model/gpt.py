@@ -45,12 +45,12 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, *, logits: Literal["all", "last"] = "all"
     ) -> tuple[Tensor, Tensor | None]:
-        """idx, targets: (B, T) int64, T <= n_positions -> logits: (B, T, V) in self.dtype, loss: () float32 or None.
+        """idx, targets: (B, T) int64, T <= n_positions -> logits: (B, T, V) in self.dtype; loss: () or None.
 
-        The loss is the mean cross-entropy in nats over the targets that are not -100. logits="last" computes the last
-        position only, (B, 1, V), for generation. Raises ValueError for a sequence longer than n_positions, and on a
-        CPU for ids outside the vocabulary; a CUDA device reports those by its own assertion, as looking would make
-        the host wait in every step.
+        The loss is the mean cross-entropy in nats over the targets that are not -100, in float32 or better.
+        logits="last" computes the last position only, (B, 1, V), for generation. Raises ValueError for a sequence
+        longer than n_positions, and on a CPU for ids outside the vocabulary; a CUDA device reports those by its own
+        assertion, as looking would make the host wait in every step.
         """
         if logits == "last" and targets is not None:
             raise ValueError('a loss needs the logits of all positions: call with logits="all", or without targets')
@@ -63,7 +63,8 @@ class GPT(nn.Module):
         if targets is None:
             return scores, None
         # The softmax and its sum over V = 50,257 terms need more digits than bfloat16's 8 bits.
-        loss = F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+        exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        loss = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         return scores, loss
 
     def _embed(self, idx: Tensor) -> Tensor:
