@@ -371,7 +371,7 @@ def attention_bwd(
     tiles = _tiles(D, qkv.dtype)
     qk_scale, threshold, z = _scales(sm_scale, dropout_p)
     programs = B * n_head
-    BLOCK_M, BLOCK_D = 64, tiles["fwd"]["BLOCK_D"]
+    BLOCK_M, BLOCK_D = 32, tiles["fwd"]["BLOCK_D"]
     launch(
         _attention_delta_kernel, (programs * triton.cdiv(T, BLOCK_M),),
         do, o, delta, *do.stride(), T, n_head, D=D, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D,

@@ -101,7 +101,9 @@ def prepare(source: Path, folder: Path, tokenizer: str | Tokenizer, *, val_fract
             shutil.rmtree(old)
         else:
             partial.rename(folder)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # write() does not say which file it was
+            error.filename = str(folder)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return load(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import subprocess
@@ -490,3 +491,15 @@ def test_progress_is_silent_for_short_work_and_tells_the_time_left(monkeypatch, 
 def test_gpt2_needs_no_first_look_at_the_text_but_it_is_counted(tmp_path):
     data = prepare(corpus(tmp_path / "c", a=TEXT, b="x"), tmp_path / "tokens", GPT2Tokenizer())
     assert [source["characters"] for source in data.meta["sources"]] == [len(TEXT), 1]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, ids, n_bytes):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data_module._Writer, "write", full)
+    (tmp_path / "text.txt").write_text("some text\n" * 10)
+    with pytest.raises(OSError) as caught:
+        prepare(tmp_path / "text.txt", tmp_path / "tokens", "char")
+    assert caught.value.filename == str(tmp_path / "tokens")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
