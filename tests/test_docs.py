@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+TREE = README.split("## What is where")[1].split("```text\n")[1].split("```")[0]
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 
 # What keeps a command short here; the command itself stays as a reader would type it.
@@ -67,9 +68,8 @@ def test_every_command_of_the_readme_runs(command, folder):
 
 
 def test_every_file_of_the_tree_exists():
-    tree = README.split("```text\n")[1].split("```")[0]
     folder, seen = ROOT, 0
-    for line in tree.splitlines():
+    for line in TREE.splitlines():
         if not line.startswith(" "):
             folder = ROOT
         for name in re.findall(r"(?<!\S)[\w./]+(?:\.py|/)(?=\s|:|;|$)", line):
@@ -81,10 +81,9 @@ def test_every_file_of_the_tree_exists():
 
 
 def test_every_python_file_is_in_the_tree():
-    tree = README.split("```text\n")[1].split("```")[0]
     for folder in ("kernels", "model"):
         for path in (ROOT / folder).glob("*.py"):
-            assert path.name == "__init__.py" or path.name in tree, f"{folder}/{path.name}"
+            assert path.name == "__init__.py" or path.name in TREE, f"{folder}/{path.name}"
 
 
 def test_gpt2_has_the_parameters_that_the_readme_says():
