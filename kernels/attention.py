@@ -58,6 +58,16 @@ def _tiles(head_dim: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
 
 
 @triton.jit
+def _head_pointers(qkv_ptr, b, h, stride_b, stride_c, H, D: tl.constexpr):
+    """Where the queries, keys and values of head h of sequence b begin in the packed projection. b: int64."""
+    row_ptr = qkv_ptr + b * stride_b
+    q_ptr = row_ptr + (h * D).to(tl.int64) * stride_c
+    k_ptr = row_ptr + ((H + h) * D).to(tl.int64) * stride_c
+    v_ptr = row_ptr + ((2 * H + h) * D).to(tl.int64) * stride_c
+    return q_ptr, k_ptr, v_ptr
+
+
+@triton.jit
 def _fwd_tiles(
     acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, start, stop, T, qk_scale, offs_m, bh, seed, threshold,
     D: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,9 +126,7 @@ def _attention_fwd_kernel(
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M  # the longest rows of a head start first: they end last
     b, h = (bh // H).to(tl.int64), bh % H
     C = H * D
-    q_ptr = qkv_ptr + b * stride_b + (h * D).to(tl.int64) * stride_c
-    k_ptr = qkv_ptr + b * stride_b + (h * D + C).to(tl.int64) * stride_c
-    v_ptr = qkv_ptr + b * stride_b + (h * D + 2 * C).to(tl.int64) * stride_c
+    q_ptr, k_ptr, v_ptr = _head_pointers(qkv_ptr, b, h, stride_b, stride_c, H, D)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -216,9 +224,7 @@ def _attention_dkv_kernel(
     start_n = (pid % tiles) * BLOCK_N  # the first keys are seen by the most queries: they start first
     b, h = (bh // H).to(tl.int64), bh % H
     C = H * D
-    q_ptr = qkv_ptr + b * stride_b + (h * D).to(tl.int64) * stride_c
-    k_ptr = qkv_ptr + b * stride_b + (h * D + C).to(tl.int64) * stride_c
-    v_ptr = qkv_ptr + b * stride_b + (h * D + 2 * C).to(tl.int64) * stride_c
+    q_ptr, k_ptr, v_ptr = _head_pointers(qkv_ptr, b, h, stride_b, stride_c, H, D)
     do_ptr += b * stride_dob + (h * D).to(tl.int64) * stride_doc
     lse_ptr += bh.to(tl.int64) * T
     delta_ptr += bh.to(tl.int64) * T
@@ -295,9 +301,7 @@ def _attention_dq_kernel(
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M  # the longest rows of a head start first: they end last
     b, h = (bh // H).to(tl.int64), bh % H
     C = H * D
-    q_ptr = qkv_ptr + b * stride_b + (h * D).to(tl.int64) * stride_c
-    k_ptr = qkv_ptr + b * stride_b + (h * D + C).to(tl.int64) * stride_c
-    v_ptr = qkv_ptr + b * stride_b + (h * D + 2 * C).to(tl.int64) * stride_c
+    q_ptr, k_ptr, v_ptr = _head_pointers(qkv_ptr, b, h, stride_b, stride_c, H, D)
     do_ptr += b * stride_dob + (h * D).to(tl.int64) * stride_doc
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
