@@ -38,7 +38,7 @@ from model.gpt import GPT, num_parameters
 from model.optim import adamw, lr_at
 
 PROMPT = "CHAPTER I. "
-SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 500, 0.7
+SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 500, 0.6
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 CONFIG, METRICS = "config.json", "metrics.jsonl"  # in the folder of a run
 
@@ -491,7 +491,9 @@ def report(cfg: TrainConfig, folder: Path, tokens: data.TokenData, model: GPT, e
     """Write a sample with the best weights of the run, and say how good they are and what to do with them."""
     best = checkpoint.load(folder, "best")
     model.load_state_dict(best.model)
-    tokenizer, prompt = tokens.tokenizer, PROMPT
+    tokenizer = tokens.tokenizer
+    # A byte-pair token brings the space before its word along: a space at the end of the prompt would stand alone.
+    prompt = PROMPT if tokenizer.name == "char" else PROMPT.rstrip()
     try:
         ids = tokenizer.encode(prompt)[-cfg.context :]
     except UserError:  # a character tokenizer of a text that has no such letters

@@ -624,3 +624,10 @@ def test_what_is_not_finite_never_reaches_the_weights(here, capsys, monkeypatch,
 def test_a_learning_rate_that_is_far_too_high_ends_in_words(here, capsys):
     assert call(*SMALL, "--lr", "1e30", "--grad-clip", 0, "--warmup-steps", 0, "--steps", 40) == 1
     assert "not finite" in capsys.readouterr().err
+
+
+def test_byte_pairs_are_prompted_without_a_space_at_the_end(here, capsys):
+    """A space alone is a token that stands before runs of spaces: the sample would be one."""
+    assert call(*SMALL, "--tokenizer", "gpt2", "--steps", 1) == 0
+    assert '--prompt "CHAPTER I."\n' in capsys.readouterr().out
+    assert (here / "runs/tiny/sample.txt").read_text().startswith("CHAPTER I.")
