@@ -170,12 +170,14 @@ def _everything(config: Gpu) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     print("\n".join(kernels_command.describe()), flush=True)
     dtypes = [torch.float32, torch.float16, torch.bfloat16]
-    failed = kernels_command.check(list(all_specs()), dtypes, device)
+    verdict = kernels_command.check(list(all_specs()), dtypes, device)
+    print("\n".join([*verdict.table(), verdict.line()]), flush=True)
+    (config.out / "check.json").write_text(json.dumps(verdict.as_dict(), indent=1) + "\n")
     _kernels(Kernels(quick=config.quick, out=config.out))
     _train(Train(batch=(4,) if config.quick else (4, 16, 64), out=config.out))
     (config.out / "environment.json").write_text(json.dumps(report.environment(device), indent=1) + "\n")
     print(f"reports in {config.out} after {time.perf_counter() - started:.0f} s")
-    if failed:
+    if verdict.failures:
         sys.exit(1)
 
 

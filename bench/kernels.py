@@ -39,9 +39,9 @@ class KernelRow:
         return asdict(self)
 
 
-def _providers(spec: KernelSpec) -> dict[str, Callable[..., Tensor]]:
-    def under(backend: str, fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(**inputs: Any) -> Tensor:
+def _providers(spec: KernelSpec) -> dict[str, Callable[..., Any]]:
+    def under(backend: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**inputs: Any) -> Any:
             with use_backend(backend):  # type: ignore[arg-type]
                 return fn(**inputs)
 
@@ -66,20 +66,21 @@ def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
     return call
 
 
-def _calls(spec: KernelSpec, fn: Callable[..., Tensor], inputs: dict[str, Any]) -> dict[str, Callable[[], object]]:
+def _calls(spec: KernelSpec, fn: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Callable[[], object]]:
     """What is timed of one provider, by mode."""
     leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if k in spec.grads and v is not None}
     given = {**inputs, **leaves}
-    with torch.no_grad():
-        dy = torch.randn_like(fn(**given))
+    incoming = list(_proof.incoming_gradients(spec, inputs, seed=0).values())
 
     def forward() -> object:
         with torch.no_grad():
             return fn(**given)
 
     def both() -> object:
-        return torch.autograd.grad(fn(**given), list(leaves.values()), dy)
+        return torch.autograd.grad(fn(**given), list(leaves.values()), incoming)
 
+    if not leaves:
+        return {"forward": forward}
     return {"forward": forward, "forward+backward": both}
 
 
@@ -127,7 +128,7 @@ def _run_case(
             failed[provider] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:160]
     dtype_name = str(dtype).removeprefix("torch.")
     for mode, calls in modes.items():
-        for provider, timing in measure(calls, device, seconds=seconds).items():
+        for provider, timing in (measure(calls, device, seconds=seconds) if calls else {}).items():
             move, work = spec.bytes_moved(case, dtype), spec.flops(case)
             both = mode != "forward"
             yield KernelRow(

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import use_backend
 from kernels._launch import Launch, record_launches
+from kernels._proof import evaluate, incoming_gradients
 from kernels._registry import Case, KernelSpec, all_specs
 from kernels._triton import INTERPRET
 
@@ -64,15 +64,13 @@ class StaticRow:
         return ""
 
 
-def launches(spec: KernelSpec, cases: Iterable[Case], dtype: torch.dtype) -> list[Launch]:
+def launches(spec: KernelSpec, cases: Iterable[Case], dtype: torch.dtype, arch: int) -> list[Launch]:
     """The launches that forward and backward make on the cases, on one row or batch each: tiles do not depend on it."""
-    with record_launches() as recorded, use_backend("triton"):
+    with record_launches(arch) as recorded:
         for case in cases:
             small = dict(case) | {name: value for name, value in (("B", 1), ("M", 48)) if name in case}
             inputs = spec.inputs(small, dtype, torch.device("cpu"))
-            leaves = [inputs[name].requires_grad_() for name in spec.grads if inputs[name] is not None]
-            y = spec.fn(**inputs)
-            torch.autograd.grad(y, leaves, torch.ones_like(y))
+            evaluate(spec, inputs, incoming_gradients(spec, inputs, seed=0), "triton")
     return recorded
 
 
@@ -154,12 +152,12 @@ def compile_launch(launch: Launch, dtype: torch.dtype, arch: int) -> StaticRow:
 def _work(job: tuple[str, tuple[Case, ...], str, int, int]) -> StaticRow:
     name, cases, dtype_name, index, arch = job
     dtype = getattr(torch, dtype_name)
-    return compile_launch(_unique(all_specs()[name], cases, dtype)[index], dtype, arch)
+    return compile_launch(_unique(all_specs()[name], cases, dtype, arch)[index], dtype, arch)
 
 
-def _unique(spec: KernelSpec, cases: tuple[Case, ...], dtype: torch.dtype) -> list[Launch]:
+def _unique(spec: KernelSpec, cases: tuple[Case, ...], dtype: torch.dtype, arch: int) -> list[Launch]:
     seen: dict[tuple, Launch] = {}
-    for launch in launches(spec, cases, dtype):
+    for launch in launches(spec, cases, dtype, arch):
         src, options = source(launch)
         key = (launch.kernel.__name__, *src.signature.items(), str(src.constants), str(src.attrs), *options.items())
         seen.setdefault(key, launch)
@@ -181,8 +179,9 @@ def survey(
             continue
         cases = spec.bench_cases if bench_only else spec.bench_cases + spec.cases
         for dtype in dtypes:
-            for index in range(len(_unique(spec, cases, dtype))):
-                jobs += [(name, cases, str(dtype).removeprefix("torch."), index, arch) for arch in archs]
+            for arch in archs:
+                count = len(_unique(spec, cases, dtype, arch))
+                jobs += [(name, cases, str(dtype).removeprefix("torch."), index, arch) for index in range(count)]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         for done, future in enumerate(concurrent.futures.as_completed([pool.submit(_work, job) for job in jobs]), 1):

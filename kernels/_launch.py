@@ -23,17 +23,43 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
+_assumed_arch: int | None = None
 
 
 @contextlib.contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Inside the block launches are written down and not run: outputs hold whatever memory held."""
+def record_launches(arch: int | None = None) -> Iterator[list[Launch]]:
+    """Inside the block launches are written down and not run: outputs hold whatever memory held.
+
+    arch: the launch tables of that architecture are used, as in `assume_arch`.
+    """
     global _recorded
     previous, _recorded = _recorded, []
     try:
-        yield _recorded
+        with assume_arch(arch):
+            yield _recorded
     finally:
         _recorded = previous
+
+
+@contextlib.contextmanager
+def assume_arch(arch: int | None) -> Iterator[None]:
+    """Inside the block launch tables are those of sm_<arch>, whatever the device; None changes nothing."""
+    global _assumed_arch
+    previous, _assumed_arch = _assumed_arch, arch or _assumed_arch
+    try:
+        yield
+    finally:
+        _assumed_arch = previous
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability of a CUDA device as a number, 90 for 9.0; 80 on a CPU."""
+    if _assumed_arch is not None:
+        return _assumed_arch
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def recording() -> bool:

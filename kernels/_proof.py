@@ -7,10 +7,15 @@ The rule, for a result `got` that should equal `truth` (the eager path in float6
 where `eager` is PyTorch's own operator in the kernel's dtype and an ulp is that of max|truth| in that dtype. It asks of
 a kernel no more than PyTorch reaches itself, and no constant in it was ever tuned. (flash-attention's tests have the
 form.)
+
+A kernel is put to it in families of cases, FAMILIES: other shapes, other layouts in memory, other numbers, a second
+time, between canaries.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +29,10 @@ OUTPUT_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 2.0
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. name: "y" or the argument whose gradient it is; error, allowed: absolute, in float64."""
+    """One comparison. name: an output, or "d" and the argument whose gradient it is; error, allowed: absolute.
+
+    dtype: of the result; case_dtype: of the inputs, which a loss in float32 does not share.
+    """
 
     kernel: str
     case: Case
@@ -32,6 +40,8 @@ class Row:
     name: str
     error: float
     allowed: float
+    family: str = "shapes"
+    case_dtype: torch.dtype = torch.float32
 
     @property
     def ratio(self) -> float:
@@ -69,30 +79,54 @@ def compare(kernel: str, case: Case, name: str, got: Tensor, eager: Tensor, trut
     return Row(kernel, case, eager.dtype, name, _distance(got, truth), allowed)
 
 
+# --- running one case ------------------------------------------------------------------------------------------------
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def _each(change: Transform, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: change(t) if isinstance(t, Tensor) else t for name, t in tensors.items()}
+
+
 def evaluate(
     spec: KernelSpec,
-    inputs: dict[str, Any],
-    dy: Tensor | None,
+    inputs: Mapping[str, Any],
+    incoming: Mapping[str, Tensor] | None,
     backend: Backend,
-    fn: Callable[..., Tensor] | None = None,
+    fn: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
-    """Output "y" and the gradient of every differentiable input under an incoming gradient dy, by argument name."""
-    leaves = {
-        name: value.detach().requires_grad_()
-        for name, value in inputs.items()
-        if name in spec.grads and value is not None
-    }
+    """Every output by its name and, as "d" + name, the gradient of every differentiable input.
+
+    incoming: the gradient that arrives at each output, by name; None runs forward only.
+    """
+    leaves = {}
+    if incoming is not None:
+        differentiable = {name: inputs[name] for name in spec.grads if inputs[name] is not None}
+        leaves = {name: value.detach().requires_grad_() for name, value in differentiable.items()}
     with use_backend(backend):
-        y = (fn or spec.fn)(**{**inputs, **leaves})
-        if dy is None:
-            return {"y": y.detach()}
-        gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+        result = (fn or spec.fn)(**{**inputs, **leaves})
+        outputs = dict(zip(spec.outputs, result if isinstance(result, tuple) else (result,), strict=True))
+        if leaves:
+            assert incoming is not None
+            gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), list(incoming.values()))
+            outputs |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {name: value.detach() for name, value in outputs.items()}
 
 
-def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in float64: what a kernel is given is already rounded to its dtype, so is the oracle's input."""
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+def incoming_gradients(spec: KernelSpec, inputs: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+    """A random gradient for each output, in the shape and dtype that eager gives it."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs = evaluate(spec, inputs, None, "eager")
+    return {name: torch.randn(y.shape, generator=generator).to(y) for name, y in outputs.items()}
+
+
+def _in_float64(t: Tensor) -> Tensor:
+    """What a kernel is given is already rounded to its dtype; the oracle starts from the same numbers."""
+    return t.double() if t.is_floating_point() else t
+
+
+def _plain(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def prove(
@@ -102,20 +136,150 @@ def prove(
     device: torch.device,
     *,
     seed: int = 0,
-    layout: Callable[[Tensor], Tensor] = lambda t: t,
-    fn: Callable[..., Tensor] | None = None,
+    values: Transform = lambda t: t,
+    layout: Transform = lambda t: t,
+    fn: Callable[..., Any] | None = None,
 ) -> Iterator[Row]:
-    """Runs a kernel on a case and compares the output and every gradient, under a random incoming gradient.
+    """Runs a kernel on a case and compares every output and gradient, under random incoming gradients.
 
-    layout: gives a tensor other strides with the same values; applied to the inputs and to the incoming gradient.
-    fn: in place of the kernel's public function, to show that a wrong one is found.
+    values: gives the floating-point inputs other numbers. layout: gives a tensor other strides; applied to the inputs
+    and the incoming gradients. fn: in place of the kernel's public function, to show that a wrong one is found.
     """
-    inputs = spec.inputs(case, dtype, device, seed)
-    strided = {k: layout(v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    shape = evaluate(spec, inputs, None, "eager")["y"].shape
-    dy = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(device=device, dtype=dtype)
-    truth = evaluate(spec, in_float64(inputs), dy.double(), "eager")
+    drawn = spec.inputs(case, dtype, device, seed)
+    strided = _each(lambda t: layout(values(t) if t.is_floating_point() else t), drawn)
+    inputs = _each(_plain, strided)
+    strided_dy = _each(layout, incoming_gradients(spec, inputs, seed + 1))
+    dy = _each(_plain, strided_dy)
+    truth = evaluate(spec, _each(_in_float64, inputs), _each(_in_float64, dy), "eager")
     eager = evaluate(spec, inputs, dy, "eager")
-    got = evaluate(spec, strided, layout(dy), "triton", fn)
+    got = evaluate(spec, strided, strided_dy, "triton", fn)
     for name in truth:
-        yield compare(spec.name, case, name, got[name], eager[name], truth[name], gradient=name != "y")
+        yield compare(spec.name, case, name, got[name], eager[name], truth[name], gradient=name not in spec.outputs)
+
+
+# --- layouts and numbers ---------------------------------------------------------------------------------------------
+
+
+def _surrounded(t: Tensor, shape: list[int]) -> Tensor:
+    """A larger tensor of numbers that no kernel may touch."""
+    return torch.full(shape, float("nan") if t.is_floating_point() else -(2**40), dtype=t.dtype, device=t.device)
+
+
+def _transposed(t: Tensor) -> Tensor:
+    order = tuple(reversed(range(t.ndim)))
+    return t.permute(order).contiguous().permute(order)
+
+
+def _sliced(t: Tensor) -> Tensor:
+    """Every second element of every dimension, past a storage offset."""
+    view = _surrounded(t, [2 * n + 1 for n in t.shape])[tuple(slice(1, None, 2) for _ in t.shape)]
+    return view.copy_(t)
+
+
+def _columns_sliced(t: Tensor) -> Tensor:
+    """Rows with something before and after them, as one of several packed projections has."""
+    return _surrounded(t, [*t.shape[:-1], t.shape[-1] + 7])[..., 3:-4].copy_(t) if t.ndim else t
+
+
+def _expanded(t: Tensor) -> Tensor:
+    """Stride 0: what `.sum()` sends backward, and what a broadcast row is."""
+    return t[:1].expand(t.shape) if t.ndim and len(t) else t
+
+
+LAYOUTS: dict[str, Transform] = {
+    "transposed": _transposed,
+    "sliced": _sliced,
+    "columns_sliced": _columns_sliced,
+    "expanded": _expanded,
+}
+VALUES: dict[str, Callable[[KernelSpec, Tensor], Tensor]] = {
+    "large": lambda spec, t: spec.large * t,
+    "constant": lambda spec, t: torch.full_like(t, 0.5),
+    "zeros": lambda spec, t: torch.zeros_like(t),
+    "subnormal": lambda spec, t: t * torch.finfo(t.dtype).tiny,
+}
+
+
+# --- families --------------------------------------------------------------------------------------------------------
+
+BAND = 64  # canaries on either side of every buffer: elements, which keeps 16-byte alignment
+
+
+@contextlib.contextmanager
+def guarded_memory() -> Iterator[Callable[[], int]]:
+    """Inside the block torch.empty gives NaN between canaries; the function yielded counts canaries overwritten."""
+    empty, empty_like = torch.empty, torch.empty_like
+    bands: list[Tensor] = []
+
+    def guarded(shape: Any, *more: Any, **options: Any) -> Tensor:
+        size = torch.Size([shape, *more] if isinstance(shape, int) else shape)
+        whole = empty(size.numel() + 2 * BAND, **options)
+        poison = float("nan") if whole.is_floating_point() else -(2**20)
+        whole.fill_(poison)
+        for band in (whole[:BAND], whole[-BAND:]):
+            bands.append(band.fill_(77))
+        return whole[BAND:-BAND].view(size)
+
+    torch.empty = guarded  # type: ignore[assignment]
+    torch.empty_like = lambda t, **options: guarded(t.shape, **{"dtype": t.dtype, "device": t.device} | options)  # type: ignore
+    try:
+        yield lambda: sum(int((band != 77).sum()) for band in bands)
+    finally:
+        torch.empty, torch.empty_like = empty, empty_like
+
+
+def _count(spec: KernelSpec, case: Case, dtype: torch.dtype, name: str, wrong: int) -> Row:
+    """A row about elements, of which none may be wrong."""
+    return Row(spec.name, case, dtype, name, float(wrong), 0.0)
+
+
+def _shapes(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    return prove(spec, case, dtype, device)
+
+
+def _layouts(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    for name, layout in LAYOUTS.items():
+        for row in prove(spec, case, dtype, device, layout=layout):
+            yield replace(row, case={**case, "layout": name})
+
+
+def _values(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    for name, values in VALUES.items():
+        for row in prove(spec, case, dtype, device, values=functools.partial(values, spec)):
+            yield replace(row, case={**case, "values": name})
+
+
+def _repeats(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    """A second run gives the same bits, and the inputs are as they were."""
+    inputs = spec.inputs(case, dtype, device)
+    dy = incoming_gradients(spec, inputs, seed=1)
+    before = {**_each(_plain, inputs), **_each(_plain, dy)}
+    first, second = (evaluate(spec, inputs, dy, "triton") for _ in range(2))
+    for name in first:
+        yield _count(spec, case, dtype, f"{name} again", int((first[name] != second[name]).sum()))
+    after = {**inputs, **dy}
+    changed = sum(int((after[k] != v).sum()) for k, v in before.items() if isinstance(v, Tensor))
+    yield _count(spec, case, dtype, "inputs changed", changed)
+
+
+def _memory(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    """Every element is written, none beyond: fresh memory is full of NaN and lies between canaries."""
+    with guarded_memory() as overwritten:
+        yield from prove(spec, case, dtype, device)
+        yield _count(spec, case, dtype, "canaries", overwritten())
+
+
+Family = Callable[[KernelSpec, Case, torch.dtype, torch.device], Iterator[Row]]
+FAMILIES: dict[str, Family] = {
+    "shapes": _shapes,
+    "layouts": _layouts,
+    "values": _values,
+    "repeats": _repeats,
+    "memory": _memory,
+}
+
+
+def prove_family(family: str, spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    """All rows of one kernel, case and dtype in one of FAMILIES."""
+    for row in FAMILIES[family](spec, case, dtype, device):
+        yield replace(row, family=family, case_dtype=dtype)

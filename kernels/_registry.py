@@ -2,8 +2,8 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,37 +12,55 @@ from torch import Tensor
 Case = Mapping[str, Any]
 
 
+class Draw:
+    """Random numbers for a case, drawn on the CPU from a seed: the same ones for every dtype and device."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.device = dtype, device
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers in the dtype of the case."""
+        return torch.randn(shape, generator=self.generator).to(device=self.device, dtype=self.dtype)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64 numbers in [low, high)."""
+        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One operator, as its file declares it.
 
     name: the public function's name.
     fn: the public function; under ``use_backend("eager")`` it is the baseline and, in float64, the oracle.
-    make_inputs: (case, randn) -> keyword arguments of fn; randn(*shape) draws a tensor.
-    grads: the arguments whose gradients exist.
-    cases: small shapes, each with a word ``why`` on the path of the kernel that it reaches.
+    make_inputs: (case, draw) -> keyword arguments of fn.
+    outputs: what fn returns, by name: one tensor, or a tuple of them.
+    grads: the arguments whose gradients exist; none for an operator of inference only.
+    cases: small shapes, each with a word ``why`` on the path of the kernel that it reaches; the most telling one first,
+        which is the one that a quick check takes.
+    space: the values that each entry of a case may take; random tests draw any combination of them.
+    large: factor of the inputs where large ones are tried; less for an operator whose own rounding grows with them.
     bench_cases: the shapes that matter for speed.
     bytes_moved: (case, dtype) -> (forward, backward) bytes that must cross device memory, each tensor once.
     flops: (case) -> (forward, backward) floating-point operations of the matrix products, zero where there are none.
     """
 
     name: str
-    fn: Callable[..., Tensor]
-    make_inputs: Callable[[Case, Callable[..., Tensor]], dict[str, Any]]
+    fn: Callable[..., Any]
+    make_inputs: Callable[[Case, Draw], dict[str, Any]]
     grads: tuple[str, ...]
     cases: tuple[Case, ...]
     bench_cases: tuple[Case, ...]
     bytes_moved: Callable[[Case, torch.dtype], tuple[int, int]]
     flops: Callable[[Case], tuple[int, int]] = lambda case: (0, 0)
+    outputs: tuple[str, ...] = ("y",)
+    space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    large: float = 30.0
 
     def inputs(self, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Any]:
-        """Arguments of fn. The numbers are drawn in float32 on the CPU: the same ones for every dtype and device."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
-
-        return self.make_inputs(case, randn)
+        """Arguments of fn."""
+        return self.make_inputs(case, Draw(seed, dtype, device))
 
 
 _specs: dict[str, KernelSpec] = {}

@@ -13,7 +13,6 @@ Bytes that must cross memory: forward reads x and writes y; backward reads x and
 from x, so the sum x + b is never stored; the bias gradient falls out of the pass that dx takes anyway.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ._dispatch import use_triton
 from ._launch import as_rows, launch, sm_count
-from ._registry import Case, KernelSpec, register
+from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
 
 APPROXIMATIONS = ("tanh", "none")
@@ -173,10 +172,10 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
-def _make_inputs(case: Case, randn: Callable[..., Tensor]) -> dict[str, Any]:
+def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:
     M, N = case["M"], case["N"]
-    x = randn(M, N) * 2
-    bias = randn(N) if case.get("bias", True) else None
+    x = draw.normal(M, N) * 2
+    bias = draw.normal(N) if case.get("bias", True) else None
     return {"x": x, "bias": bias, "approximate": case.get("approximate", "tanh")}
 
 
@@ -192,13 +191,14 @@ SPEC = register(
         make_inputs=_make_inputs,
         grads=("x", "bias"),
         cases=(
+            {"M": 17, "N": 3072, "why": "GPT-2's width, several column tiles"},
             {"M": 1, "N": 1, "why": "one element"},
             {"M": 5, "N": 33, "why": "ragged in both directions"},
             {"M": 5, "N": 33, "approximate": "none", "why": "ragged, exact form"},
             {"M": 83, "N": 256, "why": "full width, several tiles a program"},
-            {"M": 17, "N": 3072, "why": "GPT-2's width, several column tiles"},
             {"M": 17, "N": 1023, "approximate": "none", "bias": False, "why": "exact form, no bias, one masked lane"},
         ),
+        space={"M": range(80), "N": range(1, 700), "approximate": APPROXIMATIONS, "bias": (True, False)},
         bench_cases=tuple({"M": 65536 * 768 // C, "N": 4 * C} for C in (768, 1024, 1280, 1600)),
         bytes_moved=_bytes_moved,
     )

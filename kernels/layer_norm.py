@@ -11,7 +11,6 @@ Bytes that must cross memory: forward reads x and writes y; backward reads x and
 The variance is the mean of squared differences, not E[x^2] - E[x]^2: that one cancels where |mean| >> std.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ._dispatch import use_triton
 from ._launch import as_rows, launch, row_tile, sm_count
-from ._registry import Case, KernelSpec, register
+from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
 
 MAX_N = 32768  # one row is held in the registers of one program
@@ -171,10 +170,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
 
 
-def _make_inputs(case: Case, randn: Callable[..., Tensor]) -> dict[str, Any]:
+def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:
     M, N = case["M"], case["N"]
-    x = randn(M, N) * 2 + 0.5  # a mean that is not zero shows a variance that cancels
-    return {"x": x, "weight": randn(N) + 1, "bias": randn(N) if case.get("bias", True) else None}
+    x = draw.normal(M, N) * 2 + 0.5  # a mean that is not zero shows a variance that cancels
+    return {"x": x, "weight": draw.normal(N) + 1, "bias": draw.normal(N) if case.get("bias", True) else None}
 
 
 def _bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
@@ -189,13 +188,14 @@ SPEC = register(
         make_inputs=_make_inputs,
         grads=("x", "weight", "bias"),
         cases=(
+            {"M": 17, "N": 768, "why": "GPT-2's width"},
             {"M": 1, "N": 1, "why": "one element: the variance is zero"},
             {"M": 5, "N": 33, "why": "ragged in both directions"},
             {"M": 67, "N": 64, "why": "full width, several tiles a program"},
-            {"M": 17, "N": 768, "why": "GPT-2's width"},
             {"M": 9, "N": 1023, "bias": False, "why": "one masked lane, no bias"},
             {"M": 3, "N": 5000, "why": "one row a tile, many warps"},
         ),
+        space={"M": range(80), "N": range(1, 1200), "bias": (True, False)},
         bench_cases=tuple({"M": 65536 * 768 // N, "N": N} for N in (768, 1024, 1280, 1600)),
         bytes_moved=_bytes_moved,
     )

@@ -1,5 +1,7 @@
 """`python -m kernels` and `python -m kernels check`, the tolerance rule itself, and life without Triton."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,32 +24,55 @@ def _scale_spec(factor: float) -> KernelSpec:
 
         return x * (2.0 * factor if current_backend() == "triton" else 2.0)
 
-    def make_inputs(case, randn):
-        return {"x": randn(case["M"])}
+    def make_inputs(case, draw):
+        return {"x": draw.normal(case["M"])}
 
     return KernelSpec("scale", fn, make_inputs, ("x",), ({"M": 64},), (), lambda case, dtype: (0, 0))
 
 
+@pytest.fixture
+def specs(monkeypatch):
+    """The registry in place of which the check sees this dictionary."""
+    mine = {}
+    monkeypatch.setattr(command, "all_specs", lambda: mine)
+    monkeypatch.setattr(command, "device_problem", lambda *args: None)
+    return mine
+
+
 @pytest.mark.parametrize("factor, code", [(1.0, 0), (1.001, 1), (float("nan"), 1)])
-def test_check_finds_a_wrong_kernel(factor, code, monkeypatch, capsys, device):
-    monkeypatch.setattr(command, "all_specs", lambda: {"scale": _scale_spec(factor)})
-    assert command.check(["scale"], [torch.float32], device) == code
-    out = capsys.readouterr().out
-    assert ("FAILED scale M=64" in out) == bool(code)
-    assert ("all within the rule" in out) == (not code)
+def test_check_finds_a_wrong_kernel(factor, code, specs, capsys, tmp_path):
+    specs["scale"] = _scale_spec(factor)
+    path = tmp_path / "check.json"
+    assert command.main(["check", "--json", str(path)]) == code
+    out, written = capsys.readouterr().out, json.loads(path.read_text())
+    assert ("FAILED scale float32 shapes M=64: y is off by" in out) == bool(code)
+    assert ("all within the rule" in out) == (not code) == written["passed"]
+    assert {row["family"] for row in written["rows"]} == set(_proof.FAMILIES)
+    assert written["verdict"] == out.splitlines()[-1] and bool(written["failures"]) == bool(code)
 
 
-def test_check_reports_a_kernel_that_raises_and_goes_on(monkeypatch, capsys, device):
+def test_quick_takes_the_first_case_and_one_dtype(specs):
+    specs["scale"] = dataclasses.replace(_scale_spec(1.0), cases=({"M": 64}, {"M": 3}))
+    whole = command.check(["scale"], [torch.float32], torch.device("cpu"))
+    quick = command.check(["scale"], [torch.float32], torch.device("cpu"), quick=True)
+    assert {row.case["M"] for row in whole.rows} == {64, 3} and {row.case["M"] for row in quick.rows} == {64}
+
+
+def test_check_reports_a_kernel_that_raises_and_goes_on(specs, capsys):
     def broken(x):
         raise RuntimeError("no such register")
 
-    bad = _scale_spec(1.0)
-    specs = {"bad": KernelSpec("bad", broken, *list(vars(bad).values())[2:]), "scale": bad}
-    monkeypatch.setattr(command, "all_specs", lambda: specs)
-    assert command.check(["bad", "scale"], [torch.float32], device) == 1
+    specs["bad"], specs["scale"] = dataclasses.replace(_scale_spec(1.0), name="bad", fn=broken), _scale_spec(1.0)
+    assert command.main(["check", "--quick"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED bad M=64 torch.float32: RuntimeError: no such register" in out
+    assert "FAILED bad float32 shapes M=64: RuntimeError: no such register" in out
     assert "\nscale " in out
+
+
+def test_a_report_that_cannot_be_written_is_said(specs, capsys, tmp_path):
+    specs["scale"] = _scale_spec(1.0)
+    assert command.main(["check", "--json", str(tmp_path / "no" / "check.json")]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot write ")
 
 
 def test_the_rule():
