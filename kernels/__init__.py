@@ -5,8 +5,19 @@ machine, `python -m kernels check` proves the kernels on it.
 """
 
 from ._dispatch import use_backend
+from .add_layer_norm import add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
+from .decode_attention import decode_attention
 from .gelu import bias_gelu
 from .layer_norm import layer_norm
 
-__all__ = ["attention_dropout_mask", "bias_gelu", "causal_attention", "layer_norm", "use_backend"]
+__all__ = [
+    "add_layer_norm",
+    "attention_dropout_mask",
+    "bias_gelu",
+    "causal_attention",
+    "decode_attention",
+    "layer_norm",
+    "residual_dropout_mask",
+    "use_backend",
+]

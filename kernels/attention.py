@@ -1,7 +1,7 @@
 """Causal multi-head attention on the packed projection, forward and backward, without the (T, T) matrix in memory.
 
     q, k, v = the H heads of qkv[..., :C], qkv[..., C:2C], qkv[..., 2C:],     C = H * D
-    s_ij = sm_scale * q_i . k_j   for j <= i, else -inf
+    s_ij = sm_scale * q_i . k_j   for j <= i (and j in the document of i, where documents are given), else -inf
     lse_i = log sum_j exp(s_ij)              p_ij = exp(s_ij - lse_i)
     z_ij = keep_ij / (1 - dropout_p)         o_i = sum_j z_ij p_ij v_j
 
@@ -67,9 +67,19 @@ def _head_pointers(qkv_ptr, b, h, stride_b, stride_c, H, D: tl.constexpr):
 
 
 @triton.jit
+def _first_keys(starts_ptr, row, start_m, offs_m, T, DOCUMENTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the key tiles of a query tile begin, and the first key that each of its queries sees. row: b * T."""
+    begin, first = 0, offs_m * 0
+    if DOCUMENTS:  # documents follow one another, so the first query's is the earliest
+        begin = tl.load(starts_ptr + row + start_m) // BLOCK_N * BLOCK_N
+        first = tl.load(starts_ptr + row + offs_m, mask=offs_m < T, other=0)
+    return begin, first
+
+
+@triton.jit
 def _fwd_tiles(
-    acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, start, stop, T, qk_scale, offs_m, bh, seed, threshold,
-    D: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, start, stop, T, qk_scale, offs_m, first, bh, seed, threshold,
+    D: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the key tiles in [start, stop). MASKED: on the diagonal, where keys may follow the query."""
@@ -88,6 +98,8 @@ def _fwd_tiles(
         s = tl.dot(q, k, input_precision=PRECISION)
         if MASKED:
             s = tl.where(offs_m[:, None] >= offs_n[None, :], s, float("-inf"))
+        if DOCUMENTS:
+            s = tl.where(first[:, None] <= offs_n[None, :], s, float("-inf"))
 
         # The maximum is of the raw products, so that scaling and subtracting are one fused multiply-add per score.
         m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
@@ -115,9 +127,9 @@ def _fwd_tiles(
 
 @triton.jit
 def _attention_fwd_kernel(
-    qkv_ptr, o_ptr, lse_ptr, seed_ptr,  # qkv: (B, T, 3C)  o: (B, T, C)  lse: (B, H, T)  seed: ()
+    qkv_ptr, o_ptr, lse_ptr, seed_ptr, starts_ptr,  # qkv: (B, T, 3C)  o: (B, T, C)  lse: (B, H, T)  starts: (B, T)
     stride_b, stride_t, stride_c, T, H, qk_scale, threshold, z,
-    D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_M)
@@ -137,14 +149,15 @@ def _attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     l_i = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    begin, first = _first_keys(starts_ptr, b * T, start_m, offs_m, T, DOCUMENTS, BLOCK_N)
     diagonal = start_m // BLOCK_N * BLOCK_N
     acc, m_i, l_i = _fwd_tiles(
-        acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, 0, diagonal, T, qk_scale, offs_m, bh, seed, threshold,
-        D, False, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
+        acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, begin, diagonal, T, qk_scale,
+        offs_m, first, bh, seed, threshold, D, False, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, m_i, l_i = _fwd_tiles(
         acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, diagonal, tl.minimum(start_m + BLOCK_M, T), T, qk_scale,
-        offs_m, bh, seed, threshold, D, True, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
+        offs_m, first, bh, seed, threshold, D, True, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     o = acc * (z / l_i)[:, None]
@@ -173,9 +186,9 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _dkv_tiles(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_t, stride_c, stride_dot, stride_doc, start, stop, T,
-    qk_scale, offs_n, bh, seed, threshold, z,
-    D: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, starts_ptr, stride_t, stride_c, stride_dot, stride_doc,
+    start, stop, T, qk_scale, offs_n, bh, seed, threshold, z,
+    D: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds the query tiles in [start, stop) to dk and dv. All score tiles are transposed, (BLOCK_N, BLOCK_M)."""
@@ -192,6 +205,9 @@ def _dkv_tiles(
         sT = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if MASKED:
             sT = tl.where(offs_m[None, :] >= offs_n[:, None], sT, float("-inf"))
+        if DOCUMENTS:
+            first = tl.load(starts_ptr + offs_m, mask=mask_m, other=0)
+            sT = tl.where(first[None, :] <= offs_n[:, None], sT, float("-inf"))
         pT = tl.exp2(sT * qk_scale - lse[None, :])
 
         do = tl.load(do_ptrs, mask=mask, other=0.0)
@@ -214,8 +230,9 @@ def _dkv_tiles(
 @triton.jit
 def _attention_dkv_kernel(
     qkv_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,  # qkv, dqkv: (B, T, 3C)  lse, delta: (B, H, T)
+    starts_ptr, stops_ptr,  # (B, T)
     stride_b, stride_t, stride_c, stride_dob, stride_dot, stride_doc, T, H, sm_scale, qk_scale, threshold, z,
-    D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_N)
@@ -239,17 +256,21 @@ def _attention_dkv_kernel(
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    first = start_n // BLOCK_M * BLOCK_M
+    diagonal = start_n // BLOCK_M * BLOCK_M
     full = tl.cdiv(start_n + BLOCK_N, BLOCK_M) * BLOCK_M  # from here on every query sees every key of the tile
+    end = T
+    if DOCUMENTS:  # documents follow one another, so the last key's is the latest
+        starts_ptr += b * T
+        end = tl.load(stops_ptr + b * T + tl.minimum(start_n + BLOCK_N, T) - 1)
     dk, dv = _dkv_tiles(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_t, stride_c, stride_dot, stride_doc,
-        first, tl.minimum(full, T), T, qk_scale, offs_n, bh, seed, threshold, z,
-        D, True, DROPOUT, PRECISION, BLOCK_M, BLOCK_D,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, starts_ptr, stride_t, stride_c, stride_dot, stride_doc,
+        diagonal, tl.minimum(full, end), T, qk_scale, offs_n, bh, seed, threshold, z,
+        D, True, DOCUMENTS, DROPOUT, PRECISION, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     dk, dv = _dkv_tiles(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_t, stride_c, stride_dot, stride_doc,
-        full, T, T, qk_scale, offs_n, bh, seed, threshold, z,
-        D, False, DROPOUT, PRECISION, BLOCK_M, BLOCK_D,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, starts_ptr, stride_t, stride_c, stride_dot, stride_doc,
+        full, end, T, qk_scale, offs_n, bh, seed, threshold, z,
+        D, False, DOCUMENTS, DROPOUT, PRECISION, BLOCK_M, BLOCK_D,
     )  # fmt: skip
 
     dk_ptrs = dqkv_ptr + (b * T + keys)[:, None] * (3 * C) + C + h * D + offs_d[None, :]
@@ -260,8 +281,8 @@ def _attention_dkv_kernel(
 @triton.jit
 def _dq_tiles(
     dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, stride_c, start, stop, T,
-    qk_scale, offs_m, bh, seed, threshold, z,
-    D: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    qk_scale, offs_m, first, bh, seed, threshold, z,
+    D: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds the key tiles in [start, stop) to dq."""
@@ -276,6 +297,8 @@ def _dq_tiles(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             s = tl.where(offs_m[:, None] >= offs_n[None, :], s, float("-inf"))
+        if DOCUMENTS:
+            s = tl.where(first[:, None] <= offs_n[None, :], s, float("-inf"))
         p = tl.exp2(s * qk_scale - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
@@ -291,8 +314,9 @@ def _dq_tiles(
 @triton.jit
 def _attention_dq_kernel(
     qkv_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr,  # qkv, dqkv: (B, T, 3C)  lse, delta: (B, H, T)
+    starts_ptr, stops_ptr,  # (B, T)
     stride_b, stride_t, stride_c, stride_dob, stride_dot, stride_doc, T, H, sm_scale, qk_scale, threshold, z,
-    D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T, BLOCK_M)
@@ -316,14 +340,15 @@ def _attention_dq_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    begin, first = _first_keys(starts_ptr, b * T, start_m, offs_m, T, DOCUMENTS, BLOCK_N)
     diagonal = start_m // BLOCK_N * BLOCK_N
     dq = _dq_tiles(
-        dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, stride_c, 0, diagonal, T,
-        qk_scale, offs_m, bh, seed, threshold, z, D, False, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
+        dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, stride_c, begin, diagonal, T,
+        qk_scale, offs_m, first, bh, seed, threshold, z, D, False, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _dq_tiles(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, stride_c, diagonal, tl.minimum(start_m + BLOCK_M, T), T,
-        qk_scale, offs_m, bh, seed, threshold, z, D, True, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
+        qk_scale, offs_m, first, bh, seed, threshold, z, D, True, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     dq_ptrs = dqkv_ptr + (b * T + rows)[:, None] * (3 * C) + h * D + offs_d[None, :]
@@ -340,33 +365,51 @@ def _scales(sm_scale: float, dropout_p: float) -> tuple[float, int, float]:
     return sm_scale * _LOG2_E, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)
 
 
+def _document_bounds(documents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """documents: (B, T) -> the first position of each position's document and the one past its last: (B, T) int32."""
+    if documents is None:
+        return None, None
+    T = documents.shape[1]
+    position = torch.arange(T, device=documents.device, dtype=torch.int32).expand(documents.shape)
+    differs = documents[:, 1:] != documents[:, :-1]
+    starts = F.pad(position[:, 1:].where(differs, 0), (1, 0)).cummax(1).values
+    stops = F.pad(position[:, 1:].where(differs, T), (0, 1), value=T).flip(1).cummin(1).values.flip(1)
+    return starts.contiguous(), stops.contiguous()
+
+
 @torch.library.custom_op("gpt2::attention_fwd", mutates_args=())
-def attention_fwd(qkv: Tensor, seed: Tensor, n_head: int, dropout_p: float, sm_scale: float) -> tuple[Tensor, Tensor]:
-    """qkv: (B, T, 3C) any strides; seed: () int64 -> o: (B, T, C) contiguous, lse: (B, H, T) float32, base 2."""
+def attention_fwd(
+    qkv: Tensor, seed: Tensor | None, documents: Tensor | None, n_head: int, dropout_p: float, sm_scale: float
+) -> tuple[Tensor, Tensor]:
+    """qkv: (B, T, 3C) any strides; seed: () int64, for dropout; documents: (B, T) integers
+    -> o: (B, T, C) contiguous, lse: (B, H, T) float32, base 2.
+    """
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     D = C // n_head
     o = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, n_head, T), dtype=torch.float32, device=qkv.device)
     tile = _tiles(D, qkv.dtype)["fwd"]
     qk_scale, threshold, z = _scales(sm_scale, dropout_p)
+    starts, _ = _document_bounds(documents)
     launch(
         _attention_fwd_kernel, (B * n_head * triton.cdiv(T, tile["BLOCK_M"]),),
-        qkv, o, lse, seed, *qkv.stride(), T, n_head, qk_scale, threshold, z,
-        D=D, DROPOUT=dropout_p > 0, PRECISION=_precision(), **tile,
+        qkv, o, lse, seed, starts, *qkv.stride(), T, n_head, qk_scale, threshold, z,
+        D=D, DOCUMENTS=starts is not None, DROPOUT=seed is not None, PRECISION=_precision(), **tile,
     )  # fmt: skip
     return o, lse
 
 
 @attention_fwd.register_fake
-def _(qkv, seed, n_head, dropout_p, sm_scale):
+def _(qkv, seed, documents, n_head, dropout_p, sm_scale):
     B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     return qkv.new_empty((B, T, C)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
 
 
 @torch.library.custom_op("gpt2::attention_bwd", mutates_args=())
 def attention_bwd(
-    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, seed: Tensor, n_head: int, dropout_p: float, sm_scale: float
-) -> Tensor:
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, seed: Tensor | None, documents: Tensor | None,
+    n_head: int, dropout_p: float, sm_scale: float,
+) -> Tensor:  # fmt: skip
     """do: (B, T, C), qkv: (B, T, 3C), any strides; o, lse: of the forward -> dqkv: (B, T, 3C) contiguous."""
     B, T, C = o.shape
     D = C // n_head
@@ -380,8 +423,10 @@ def attention_bwd(
         _attention_delta_kernel, (programs * triton.cdiv(T, BLOCK_M),),
         do, o, delta, *do.stride(), T, n_head, D=D, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D,
     )  # fmt: skip
-    args = (qkv, do, lse, delta, dqkv, seed, *qkv.stride(), *do.stride(), T, n_head, sm_scale, qk_scale, threshold, z)
-    meta = {"D": D, "DROPOUT": dropout_p > 0, "PRECISION": _precision()}
+    starts, stops = _document_bounds(documents)
+    tensors = (qkv, do, lse, delta, dqkv, seed, starts, stops)
+    args = (*tensors, *qkv.stride(), *do.stride(), T, n_head, sm_scale, qk_scale, threshold, z)
+    meta = {"D": D, "DOCUMENTS": starts is not None, "DROPOUT": seed is not None, "PRECISION": _precision()}
     dkv, dq = tiles["dkv"], tiles["dq"]
     launch(_attention_dkv_kernel, (programs * triton.cdiv(T, dkv["BLOCK_N"]),), *args, **meta, **dkv)
     launch(_attention_dq_kernel, (programs * triton.cdiv(T, dq["BLOCK_M"]),), *args, **meta, **dq)
@@ -389,37 +434,47 @@ def attention_bwd(
 
 
 @attention_bwd.register_fake
-def _(do, qkv, o, lse, seed, n_head, dropout_p, sm_scale):
+def _(do, qkv, o, lse, seed, documents, n_head, dropout_p, sm_scale):
     return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, seed, ctx.n_head, ctx.dropout_p, ctx.sm_scale = inputs
+    qkv, seed, documents, ctx.n_head, ctx.dropout_p, ctx.sm_scale = inputs
     o, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, o, lse, seed)
+    ctx.save_for_backward(qkv, o, lse, seed, documents)
 
 
 def _backward(ctx, do, _dlse):
-    qkv, o, lse, seed = ctx.saved_tensors
-    dqkv = attention_bwd(do, qkv, o, lse, seed, ctx.n_head, ctx.dropout_p, ctx.sm_scale)
-    return dqkv, None, None, None, None
+    qkv, o, lse, seed, documents = ctx.saved_tensors
+    dqkv = attention_bwd(do, qkv, o, lse, seed, documents, ctx.n_head, ctx.dropout_p, ctx.sm_scale)
+    return dqkv, None, None, None, None, None
 
 
 attention_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _eager(qkv: Tensor, n_head: int, dropout_p: float, seed: int | Tensor | None, sm_scale: float) -> Tensor:
+def _eager(
+    qkv: Tensor, n_head: int, dropout_p: float, seed: int | Tensor | None, sm_scale: float, documents: Tensor | None
+) -> Tensor:
     """PyTorch's own attention; with dropout and a seed the probabilities are written out, to take the kernel's mask."""
     # each (B, H, T, D), strided view; three chunks and not one permuted view, whose gradient would be copied once more
     q, k, v = (x.unflatten(-1, (n_head, -1)).transpose(1, 2) for x in qkv.chunk(3, -1))
+    B, H, T, _ = q.shape
+    visible = None
+    if documents is not None or (dropout_p and seed is not None):
+        visible = torch.ones((T, T), dtype=torch.bool, device=qkv.device).tril()
+    if documents is not None:
+        count = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)).cumsum(1)  # (B, T), the documents begun before
+        visible = visible & (count[:, None, :, None] == count[:, None, None, :])
     if dropout_p == 0.0 or seed is None:
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, scale=sm_scale)
+        causal = documents is None
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if causal else visible, is_causal=causal, dropout_p=dropout_p, scale=sm_scale
+        )
     else:
-        B, H, T, _ = q.shape
         keep = attention_dropout_mask(B, H, T, dropout_p, seed, qkv.device)
-        future = torch.ones((T, T), dtype=torch.bool, device=qkv.device).triu(1)
-        p = (q @ k.mT * sm_scale).masked_fill(future, -math.inf).softmax(-1)
+        p = (q @ k.mT * sm_scale).masked_fill(~visible, -math.inf).softmax(-1)
         o = p.where(keep, 0.0) / (1.0 - dropout_p) @ v
     return o.transpose(1, 2).flatten(2)  # (B, T, C)
 
@@ -446,6 +501,7 @@ def causal_attention(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     sm_scale: float | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Multi-head self-attention in which position i sees the positions j <= i.
 
@@ -454,7 +510,10 @@ def causal_attention(
 
     dropout_p in [0, 1) drops probabilities after the softmax. A seed (int or () int64 tensor) fixes the mask, the same
     one on every backend; `attention_dropout_mask` shows it. Without a seed the mask follows torch.manual_seed.
-    ValueError if 3 * n_head does not divide the last dimension or a number is out of range.
+
+    documents: (B, T) integers; neighbours with one number are one document, and attention stays inside a document, so
+    that several can be packed into a row. Key tiles of other documents are skipped.
+    ValueError if 3 * n_head does not divide the last dimension, a shape does not fit or a number is out of range.
     """
     if qkv.ndim != 3 or n_head < 1 or qkv.shape[-1] % (3 * n_head) or qkv.shape[-1] == 0:
         raise ValueError(
@@ -466,10 +525,15 @@ def causal_attention(
         raise ValueError(f"causal_attention: dropout_p must be in [0, 1), got {dropout_p}")
     if not sm_scale > 0.0:
         raise ValueError(f"causal_attention: sm_scale must be positive, got {sm_scale}")
+    if documents is not None and (documents.shape != qkv.shape[:2] or documents.is_floating_point()):
+        raise ValueError(
+            f"causal_attention: documents must be integers of {tuple(qkv.shape[:2])}, got {documents.dtype} "
+            f"{tuple(documents.shape)}"
+        )
     if use_triton("causal_attention", qkv, _unsupported(D)):
-        seed = seed_tensor(seed if dropout_p else 0, qkv.device)
-        return attention_fwd(qkv, seed, n_head, dropout_p, sm_scale)[0]
-    return _eager(qkv, n_head, dropout_p, seed, sm_scale)
+        seed = seed_tensor(seed, qkv.device) if dropout_p else None
+        return attention_fwd(qkv, seed, documents, n_head, dropout_p, sm_scale)[0]
+    return _eager(qkv, n_head, dropout_p, seed, sm_scale, documents)
 
 
 def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:
@@ -477,6 +541,8 @@ def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:
     inputs: dict[str, Any] = {"qkv": draw.normal(B, T, 3 * H * D), "n_head": H}
     if case.get("dropout_p"):
         inputs |= {"dropout_p": case["dropout_p"], "seed": 0x1234_5678_9ABC}
+    if case.get("documents"):
+        inputs["documents"] = draw.integers(0, case["documents"], B, T).sort(1).values
     return inputs
 
 
@@ -500,6 +566,7 @@ SPEC = register(
         cases=(
             {"B": 1, "H": 2, "T": 130, "D": 32, "dropout_p": 0.2, "why": "dropout over several tiles"},
             {"B": 2, "H": 3, "T": 1, "D": 16, "why": "one position sees itself"},
+            {"B": 2, "H": 2, "T": 200, "D": 24, "documents": 4, "why": "documents that end inside tiles"},
             {"B": 1, "H": 2, "T": 17, "D": 1, "why": "head size 1, one ragged tile"},
             {"B": 1, "H": 1, "T": 128, "D": 64, "why": "exactly one tile, one head"},
             {"B": 2, "H": 1, "T": 129, "D": 64, "why": "one row past a tile"},
@@ -507,7 +574,14 @@ SPEC = register(
             {"B": 1, "H": 1, "T": 200, "D": 128, "why": "wide head"},
             {"B": 1, "H": 1, "T": 97, "D": 200, "why": "widest tile, masked in both directions"},
         ),
-        space={"B": range(3), "H": range(1, 4), "T": range(150), "D": range(1, 80), "dropout_p": (0.0, 0.3)},
+        space={
+            "B": range(3),
+            "H": range(1, 4),
+            "T": range(150),
+            "D": range(1, 80),
+            "dropout_p": (0.0, 0.3),
+            "documents": range(4),
+        },
         bench_cases=tuple({"B": 65536 // T, "H": 12, "T": T, "D": 64} for T in (512, 1024, 2048, 4096)),
         bytes_moved=_bytes_moved,
         flops=_flops,

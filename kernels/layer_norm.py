@@ -26,6 +26,25 @@ MAX_N = 32768  # one row is held in the registers of one program
 
 
 @triton.jit
+def normalize(x, mask_n, N, eps):
+    """xhat, mean and rstd of a tile of rows. x: (BLOCK_M, BLOCK_N) float32, zero where mask_n (BLOCK_N,) is not set."""
+    mean = tl.sum(x, 1) / N
+    xc = tl.where(mask_n[None, :], x - mean[:, None], 0.0)  # masked lanes would hold -mean
+    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / N + eps)
+    return xc * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def normalize_gradient(dy, x, w, mean, rstd, mask, N):
+    """dx and xhat of a tile of rows. dy, x: (BLOCK_M, BLOCK_N) float32, dy zero where mask is not set."""
+    xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+    g = dy * w[None, :]
+    c1 = tl.sum(g, 1) / N
+    c2 = tl.sum(g * xhat, 1) / N
+    return (g - c1[:, None] - xhat * c2[:, None]) * rstd[:, None], xhat
+
+
+@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr,  # x, y: (M, N)  w, b: (N,)  mean, rstd: (M,)
     stride_xm, stride_xn, M, N, eps,
@@ -38,10 +57,8 @@ def _layer_norm_fwd_kernel(
     x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
 
-    mean = tl.sum(x, 1) / N
-    xc = tl.where(mask_n[None, :], x - mean[:, None], 0.0)  # masked lanes would hold -mean
-    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / N + eps)
-    y = xc * rstd[:, None] * w[None, :]
+    xhat, mean, rstd = normalize(x, mask_n, N, eps)
+    y = xhat * w[None, :]
     if HAS_BIAS:
         y += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
@@ -74,11 +91,7 @@ def _layer_norm_bwd_kernel(
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)  # 0 -> xhat = 0 on the rows past M
 
-        xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
-        g = dy * w[None, :]
-        c1 = tl.sum(g, 1) / N
-        c2 = tl.sum(g * xhat, 1) / N
-        dx = (g - c1[:, None] - xhat * c2[:, None]) * rstd[:, None]
+        dx, xhat = normalize_gradient(dy, x, w, mean, rstd, mask, N)
         tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dw += dy * xhat
         db += dy
@@ -151,8 +164,16 @@ def _backward(ctx, dy, _dmean, _drstd):
 layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _unsupported(x: Tensor) -> str | None:
+def too_wide(x: Tensor) -> str | None:
+    """Why rows of x do not fit the kernel, in words, or None where they do."""
     return f"rows of {x.shape[-1]} are longer than the kernel's {MAX_N}" if x.shape[-1] > MAX_N else None
+
+
+def check_affine(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """ValueError, in the name of an operator, if weight or bias is not (N,) for x: (..., N)."""
+    if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
+        shapes = f"weight {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
+        raise ValueError(f"{name}: x {tuple(x.shape)} wants weight and bias of ({x.shape[-1]},), got {shapes}")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -161,10 +182,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     x: (..., N), any strides, float32/float16/bfloat16; weight, bias: (N,), any floating dtype -> y: (..., N), x.dtype.
     ValueError if weight or bias is not (N,). Ba et al. 2016, equation 3 and 4.
     """
-    if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
-        shapes = f"weight {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
-        raise ValueError(f"layer_norm: x {tuple(x.shape)} wants weight and bias of ({x.shape[-1]},), got {shapes}")
-    if use_triton("layer_norm", x, _unsupported(x)):
+    check_affine("layer_norm", x, weight, bias)
+    if use_triton("layer_norm", x, too_wide(x)):
         return layer_norm_fwd(x, weight, bias, eps)[0]
     # PyTorch's operator wants one dtype
     return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)

@@ -1,13 +1,22 @@
 """Every registered kernel against float64, by the one tolerance rule; on a CPU in Triton's interpreter."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from conftest import HAS_CUDA
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import attention_dropout_mask, bias_gelu, causal_attention, layer_norm, use_backend
+from kernels import (
+    add_layer_norm,
+    attention_dropout_mask,
+    bias_gelu,
+    causal_attention,
+    layer_norm,
+    residual_dropout_mask,
+    use_backend,
+)
 from kernels._dispatch import current_backend
 from kernels._launch import assume_arch
 from kernels._proof import FAMILIES, evaluate, incoming_gradients, prove, prove_family
@@ -135,10 +144,10 @@ def test_empty_rows(shape, device):
 
 @pytest.mark.parametrize("B, T", [(0, 4), (2, 0)])
 def test_empty_attention(B, T, device):
-    for backend in ("triton", "eager"):
+    for backend, documents in itertools.product(("triton", "eager"), (None, torch.zeros(B, T, device=device).long())):
         qkv = torch.randn(B, T, 24, device=device, requires_grad=True)
         with use_backend(backend):
-            y = causal_attention(qkv, 2)
+            y = causal_attention(qkv, 2, documents=documents)
             y.sum().backward()
         assert y.shape == (B, T, 8) and qkv.grad.shape == qkv.shape
 
@@ -277,6 +286,25 @@ def test_scores_of_minus_infinity_first(device):
     torch.testing.assert_close(got[:, 130:], expected[:, 130:])
 
 
+def test_packed_documents_are_what_each_is_alone(device):
+    lengths, H, D = (1, 70, 130, 9), 2, 16
+    parts = [torch.randn(1, n, 3 * H * D, device=device) for n in lengths]
+    ids = torch.cat([torch.full((1, n), i % 2) for i, n in enumerate(lengths)], 1).to(device)  # 0 and 1 in turn
+    with use_backend("triton"):
+        packed = causal_attention(torch.cat(parts, 1), H, documents=ids)
+        alone = torch.cat([causal_attention(part, H) for part in parts], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_crosses_from_one_document_to_the_next(device):
+    qkv = torch.randn(1, 150, 48, device=device, requires_grad=True)
+    ids = (torch.arange(150, device=device) >= 70).long().view(1, -1)
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            (gradient,) = torch.autograd.grad(causal_attention(qkv, 1, documents=ids)[:, 70:].square().sum(), qkv)
+        assert not gradient[:, :70].any() and gradient[:, 70:].abs().sum(-1).gt(0).all()
+
+
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +319,29 @@ def test_dropout_mask_matches_the_kernel(device):
         whole = causal_attention(qkv, H).view(B, T, H, T).transpose(1, 2)
     keep = attention_dropout_mask(B, H, T, p, seed, device)
     torch.testing.assert_close(dropped, torch.where(keep, whole / (1 - p), 0.0))
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_residual_dropout_mask_matches_forward_and_backward(backend, device):
+    x = torch.ones(3, 5, 70, device=device, requires_grad=True)
+    w, residual = torch.ones(70, device=device), torch.zeros(3, 5, 70, device=device)
+    keep = residual_dropout_mask(x.shape, 0.25, 11, device)
+    with use_backend(backend):
+        _, h = add_layer_norm(x, residual, w, dropout_p=0.25, seed=11)
+        (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
+    assert torch.equal(h != 0, keep) and torch.equal(dx != 0, keep)
+    assert abs(keep.float().mean().item() - 0.75) < 0.03
+    torch.testing.assert_close(h[keep], torch.full_like(h[keep], 1 / 0.75))
+
+
+def test_added_norm_is_the_norm_of_the_sum(device):
+    """Bit for bit: a model may take the two apart, or never drop anything, and see no difference."""
+    x, residual = torch.randn(2, 9, 40, device=device).half()
+    w, b = torch.randn(2, 40, device=device)
+    with use_backend("triton"):
+        y, h = add_layer_norm(x, residual, w, b)
+        assert torch.equal(h, x + residual) and torch.equal(y, layer_norm(h, w, b))
+        assert all(map(torch.equal, (y, h), add_layer_norm(x, residual, w, b, dropout_p=0.0, seed=4)))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -335,6 +386,12 @@ def test_no_dropout_is_bitwise_the_plain_kernel(device):
         (lambda: causal_attention(torch.zeros(2, 3, 12), 2, sm_scale=0.0), "sm_scale"),
         (lambda: layer_norm(torch.zeros(2, 3), torch.zeros(4)), r"weight \(4,\)"),
         (lambda: layer_norm(torch.zeros(2, 3), torch.zeros(3), torch.zeros(1)), r"bias \(1,\)"),
+        (lambda: causal_attention(torch.zeros(2, 3, 12), 2, documents=torch.zeros(2, 4).long()), r"of \(2, 3\), got"),
+        (lambda: causal_attention(torch.zeros(2, 3, 12), 2, documents=torch.zeros(2, 3)), "must be integers"),
+        (lambda: add_layer_norm(torch.zeros(2, 3), torch.zeros(3), torch.zeros(3)), "must be alike"),
+        (lambda: add_layer_norm(torch.zeros(2, 3), torch.zeros(2, 3).half(), torch.zeros(3)), "must be alike"),
+        (lambda: add_layer_norm(*torch.zeros(2, 2, 3), torch.zeros(4)), r"weight \(4,\)"),
+        (lambda: add_layer_norm(*torch.zeros(2, 2, 3), torch.zeros(3), dropout_p=-0.1), "dropout_p"),
         (lambda: bias_gelu(torch.zeros(2, 3), torch.zeros(4)), r"got \(4,\)"),
         (lambda: bias_gelu(torch.zeros(2, 3), approximate="erf"), "approximate"),
     ],

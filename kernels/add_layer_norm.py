@@ -1,0 +1,256 @@
+"""Dropout, residual add and LayerNorm in one pass, forward and backward: what stands between two sub-layers of a GPT.
+
+    z_mn = keep_mn / (1 - dropout_p)         h = residual + z x
+    y = layer_norm(h) as in layer_norm.py, with its mean and rstd
+
+    dresidual = dh + d layer_norm(dy)        dx = z dresidual        dw = sum_m dy * hhat        db = sum_m dy
+
+x, residual, h, y, and the gradients of each: (M, N) in one dtype; w, b: (N,) in any; all arithmetic in float32. The
+statistics are those of h as it is stored, so y is bit for bit layer_norm(h).
+Bytes that must cross memory: forward reads x and residual and writes h and y; backward reads dy, dh and h and writes
+dresidual, and dx where there is dropout (without, the two are one tensor).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._dispatch import use_triton
+from ._launch import as_rows, launch, row_tile, sm_count
+from ._philox import dropout_threshold, keep_mask, keep_tile, seed_tensor
+from ._registry import Case, Draw, KernelSpec, register
+from ._triton import tl, triton
+from .layer_norm import check_affine, layer_norm, normalize, normalize_gradient, too_wide
+
+
+@triton.jit
+def _add_layer_norm_fwd_kernel(
+    x_ptr, residual_ptr, w_ptr, b_ptr, h_ptr, y_ptr, mean_ptr, rstd_ptr, seed_ptr,  # x, residual, h, y: (M, N)
+    stride_xm, stride_xn, stride_rm, stride_rn, M, N, eps, threshold, z,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    mask = mask_m[:, None] & mask_n[None, :]
+    r_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_n[None, :] * stride_rn
+    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(r_ptrs, mask=mask, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+
+    if DROPOUT:
+        keep = keep_tile(tl.load(seed_ptr), threshold, offs_n.to(tl.int32)[None, :], offs_m.to(tl.int32)[:, None], 0, 1)
+        x = tl.where(keep, x * z, 0.0)
+    h = (residual + x).to(h_ptr.dtype.element_ty)
+    hhat, mean, rstd = normalize(h.to(tl.float32), mask_n, N, eps)
+    y = hhat * w[None, :]
+    if HAS_BIAS:
+        y += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+
+    tl.store(h_ptr + offs_m[:, None] * N + offs_n[None, :], h, mask=mask)
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+    tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+
+
+@triton.jit
+def _add_layer_norm_bwd_kernel(
+    dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    dresidual_ptr, dx_ptr, dw_ptr, db_ptr,  # dw, db: (programs, N) float32 partial sums
+    stride_dym, stride_dyn, stride_dhm, stride_dhn, M, N, threshold, z,
+    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
+    mask_n = offs_n < N
+    w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # Row tiles in steps of the grid: a fixed number of programs bounds the partial sums, and their order is fixed.
+    offs_m = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    for _ in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        dense = offs_m[:, None] * N + offs_n[None, :]  # h, dresidual and dx are ours: contiguous
+        dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
+        dh_ptrs = dh_ptr + offs_m[:, None] * stride_dhm + offs_n[None, :] * stride_dhn
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
+
+        dresidual, hhat = normalize_gradient(dy, h, w, mean, rstd, mask, N)
+        dresidual += dh
+        tl.store(dresidual_ptr + dense, dresidual.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if DROPOUT:
+            keep = keep_tile(seed, threshold, offs_n.to(tl.int32)[None, :], offs_m.to(tl.int32)[:, None], 0, 1)
+            tl.store(dx_ptr + dense, tl.where(keep, dresidual * z, 0.0).to(dx_ptr.dtype.element_ty), mask=mask)
+        dw += dy * hhat
+        db += dy
+        offs_m += tl.num_programs(0) * BLOCK_M
+    tl.store(dw_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(dw, 0), mask=mask_n)
+    tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
+
+
+@torch.library.custom_op("gpt2::add_layer_norm_fwd", mutates_args=())
+def add_layer_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, eps: float, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, residual: (..., N) any strides -> y, h: (..., N) contiguous x.dtype; mean, rstd: (M,) float32."""
+    rows, residual_rows = as_rows(x), as_rows(residual)
+    M, N = rows.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = torch.empty_like(y)
+    mean = torch.empty(M, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=4096)
+    launch(
+        _add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),),
+        rows, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(), h, y, mean, rstd, seed,
+        *rows.stride(), *residual_rows.stride(), M, N, eps, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        HAS_BIAS=bias is not None, DROPOUT=seed is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+    )  # fmt: skip
+    return y, h, mean, rstd
+
+
+@add_layer_norm_fwd.register_fake
+def _(x, residual, weight, bias, seed, eps, dropout_p):
+    M = x.shape[:-1].numel()
+    y, h = (x.new_empty(x.shape) for _ in range(2))
+    return y, h, *(x.new_empty(M, dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("gpt2::add_layer_norm_bwd", mutates_args=())
+def add_layer_norm_bwd(
+    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy, dh: (..., N) any strides -> dresidual: (..., N) contiguous; dx: alike or (0,) if no dropout; dw, db: (N,)."""
+    dy_rows, dh_rows = as_rows(dy), as_rows(dh)
+    M, N = dy_rows.shape
+    dresidual = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    dx = torch.empty(h.shape if seed is not None else (0,), dtype=h.dtype, device=h.device)
+    BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=2048)
+    programs = min(triton.cdiv(M, BLOCK_M), 2 * sm_count(h.device))
+    dw = torch.empty((programs, N), dtype=torch.float32, device=h.device)
+    db = torch.empty_like(dw)
+    launch(
+        _add_layer_norm_bwd_kernel, (programs,),
+        dy_rows, dh_rows, h, weight.contiguous(), mean, rstd, seed, dresidual, dx, dw, db,
+        *dy_rows.stride(), *dh_rows.stride(), M, N, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        DROPOUT=seed is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+    )  # fmt: skip
+    return dresidual, dx, dw.sum(0), db.sum(0)
+
+
+@add_layer_norm_bwd.register_fake
+def _(dy, dh, h, weight, mean, rstd, seed, dropout_p):
+    dw, db = (weight.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
+    return h.new_empty(h.shape), h.new_empty(h.shape if seed is not None else (0,)), dw, db
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, weight, bias, seed, _, ctx.dropout_p = inputs
+    _, h, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(h, weight, mean, rstd, seed)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy, dh, _dmean, _drstd):
+    h, weight, mean, rstd, seed = ctx.saved_tensors
+    dresidual, dx, dw, db = add_layer_norm_bwd(dy, dh, h, weight, mean, rstd, seed, ctx.dropout_p)
+    dbias = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+    return dresidual if seed is None else dx, dresidual, dw.to(weight.dtype), dbias, None, None, None
+
+
+add_layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def residual_dropout_mask(
+    shape: tuple[int, ...], dropout_p: float, seed: int | Tensor, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The mask that add_layer_norm applies to an x of this shape under a seed: bool, True where an element is kept."""
+    device = torch.device(device)
+    n = torch.arange(shape[-1], device=device)
+    m = torch.arange(torch.Size(shape[:-1]).numel(), device=device).view(-1, 1)
+    keep = keep_mask(seed_tensor(seed, device), dropout_p, n, m, torch.zeros_like(n), torch.ones_like(n))
+    return keep.view(shape)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h = residual + dropout(x); returns (layer_norm(h), h). Pre-LayerNorm blocks (Xiong et al. 2020) chain on it.
+
+    x, residual: (..., N), one shape and dtype, any strides, float32/float16/bfloat16; weight, bias: (N,), any floating
+    dtype -> two (..., N) in x.dtype. dropout_p in [0, 1). A seed (int or () int64 tensor) fixes the mask, the same one
+    on every backend; `residual_dropout_mask` shows it. Without a seed the mask follows torch.manual_seed.
+    ValueError if shapes or dtypes do not fit or dropout_p is out of range.
+    """
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        raise ValueError(
+            f"add_layer_norm: x and residual must be alike, got {x.dtype} {tuple(x.shape)} and "
+            f"{residual.dtype} {tuple(residual.shape)}"
+        )
+    check_affine("add_layer_norm", x, weight, bias)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"add_layer_norm: dropout_p must be in [0, 1), got {dropout_p}")
+    if use_triton("add_layer_norm", x, too_wide(x)):
+        seed = seed_tensor(seed, x.device) if dropout_p else None
+        return add_layer_norm_fwd(x, residual, weight, bias, seed, eps, dropout_p)[:2]
+    if dropout_p and seed is not None:
+        keep = residual_dropout_mask(x.shape, dropout_p, seed, x.device)
+        x = torch.where(keep, x, 0.0) / (1.0 - dropout_p)
+    else:
+        x = F.dropout(x, dropout_p)
+    h = residual + x
+    return layer_norm(h, weight, bias, eps), h
+
+
+def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:
+    M, N = case["M"], case["N"]
+    inputs: dict[str, Any] = {
+        "x": draw.normal(M, N) + 0.5, "residual": draw.normal(M, N) * 2, "weight": draw.normal(N) + 1,
+        "bias": draw.normal(N) if case.get("bias", True) else None,
+    }  # fmt: skip
+    if case.get("dropout_p"):
+        inputs |= {"dropout_p": case["dropout_p"], "seed": 0x1234_5678_9ABC}
+    return inputs
+
+
+def _bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
+    pass_bytes = case["M"] * case["N"] * dtype.itemsize
+    return 4 * pass_bytes, (5 if case.get("dropout_p") else 4) * pass_bytes
+
+
+SPEC = register(
+    KernelSpec(
+        name="add_layer_norm",
+        fn=add_layer_norm,
+        make_inputs=_make_inputs,
+        outputs=("y", "h"),
+        grads=("x", "residual", "weight", "bias"),
+        cases=(
+            {"M": 17, "N": 768, "dropout_p": 0.1, "why": "GPT-2's width, dropout"},
+            {"M": 1, "N": 1, "why": "one element: the variance is zero"},
+            {"M": 5, "N": 33, "dropout_p": 0.5, "why": "ragged in both directions"},
+            {"M": 67, "N": 64, "why": "full width, several tiles a program"},
+            {"M": 9, "N": 1023, "bias": False, "why": "one masked lane, no bias"},
+            {"M": 3, "N": 5000, "why": "one row a tile, many warps"},
+        ),
+        space={"M": range(80), "N": range(1, 1200), "bias": (True, False), "dropout_p": (0.0, 0.3)},
+        bench_cases=tuple({"M": 65536 * 768 // N, "N": N} for N in (768, 1024, 1280, 1600)),
+        bytes_moved=_bytes_moved,
+    )
+)
