@@ -7,7 +7,6 @@ machine, `python -m kernels check` proves the kernels on it.
 from ._dispatch import use_backend
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
-from .decode_attention import decode_attention
 from .gelu import bias_gelu
 from .layer_norm import layer_norm
 
@@ -16,7 +15,6 @@ __all__ = [
     "attention_dropout_mask",
     "bias_gelu",
     "causal_attention",
-    "decode_attention",
     "layer_norm",
     "residual_dropout_mask",
     "use_backend",

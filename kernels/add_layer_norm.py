@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import use_triton
+from ._dropout import dropout_keys, dropout_threshold, dropout_words, keep_mask, keep_tile, seed_tensor
 from ._launch import as_rows, launch, row_tile, sm_count
-from ._philox import dropout_threshold, keep_mask, keep_tile, seed_tensor
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
 from .layer_norm import check_affine, layer_norm, normalize, normalize_gradient, too_wide
+
+STREAM = tl.constexpr(2**31 - 1)  # attention counts its streams, one a head, from 0
 
 
 @triton.jit
@@ -41,8 +43,10 @@ def _add_layer_norm_fwd_kernel(
     w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
 
     if DROPOUT:
-        keep = keep_tile(tl.load(seed_ptr), threshold, offs_n.to(tl.int32)[None, :], offs_m.to(tl.int32)[:, None], 0, 1)
-        x = tl.where(keep, x * z, 0.0)
+        s0, s1 = dropout_words(tl.load(seed_ptr), STREAM)
+        row_keys = dropout_keys(s0, offs_m.to(tl.int32))
+        column_keys = dropout_keys(s1, offs_n.to(tl.int32))
+        x = tl.where(keep_tile(row_keys[:, None], column_keys[None, :], threshold), x * z, 0.0)
     h = (residual + x).to(h_ptr.dtype.element_ty)
     hhat, mean, rstd = normalize(h.to(tl.float32), mask_n, N, eps)
     y = hhat * w[None, :]
@@ -66,7 +70,9 @@ def _add_layer_norm_bwd_kernel(
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_n = offs_n < N
     w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    if DROPOUT:
+        s0, s1 = dropout_words(tl.load(seed_ptr), STREAM)
+        column_keys = dropout_keys(s1, offs_n.to(tl.int32))
     dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # Row tiles in steps of the grid: a fixed number of programs bounds the partial sums, and their order is fixed.
@@ -87,7 +93,8 @@ def _add_layer_norm_bwd_kernel(
         dresidual += dh
         tl.store(dresidual_ptr + dense, dresidual.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if DROPOUT:
-            keep = keep_tile(seed, threshold, offs_n.to(tl.int32)[None, :], offs_m.to(tl.int32)[:, None], 0, 1)
+            row_keys = dropout_keys(s0, offs_m.to(tl.int32))
+            keep = keep_tile(row_keys[:, None], column_keys[None, :], threshold)
             tl.store(dx_ptr + dense, tl.where(keep, dresidual * z, 0.0).to(dx_ptr.dtype.element_ty), mask=mask)
         dw += dy * hhat
         db += dy
@@ -174,11 +181,9 @@ def residual_dropout_mask(
     shape: tuple[int, ...], dropout_p: float, seed: int | Tensor, device: torch.device | str = "cpu"
 ) -> Tensor:
     """The mask that add_layer_norm applies to an x of this shape under a seed: bool, True where an element is kept."""
-    device = torch.device(device)
-    n = torch.arange(shape[-1], device=device)
-    m = torch.arange(torch.Size(shape[:-1]).numel(), device=device).view(-1, 1)
-    keep = keep_mask(seed_tensor(seed, device), dropout_p, n, m, torch.zeros_like(n), torch.ones_like(n))
-    return keep.view(shape)
+    stream = torch.tensor(STREAM.value, device=device)
+    rows = torch.Size(shape[:-1]).numel()
+    return keep_mask(seed_tensor(seed, stream.device), dropout_p, rows, shape[-1], stream).view(shape)
 
 
 def add_layer_norm(

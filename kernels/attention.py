@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import use_triton
+from ._dropout import dropout_keys, dropout_threshold, dropout_words, keep_mask, keep_tile, seed_tensor
 from ._launch import launch
-from ._philox import dropout_threshold, keep_mask, keep_tile, seed_tensor
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
 
@@ -78,7 +78,8 @@ def _first_keys(starts_ptr, row, start_m, offs_m, T, DOCUMENTS: tl.constexpr, BL
 
 @triton.jit
 def _fwd_tiles(
-    acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, start, stop, T, qk_scale, offs_m, first, bh, seed, threshold,
+    acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, start, stop, T, qk_scale,
+    offs_m, first, row_keys, s1, threshold,
     D: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +111,8 @@ def _fwd_tiles(
         acc = acc * alpha[:, None]
         m_i = m_new
         if DROPOUT:  # after the sum: dropout acts on the normalised probabilities
-            p = tl.where(keep_tile(seed, threshold, offs_n[None, :], offs_m[:, None], bh, 0), p, 0.0)
+            column_keys = dropout_keys(s1, offs_n)
+            p = tl.where(keep_tile(row_keys[:, None], column_keys[None, :], threshold), p, 0.0)
 
         if MASKED:
             v = tl.load(v_ptrs, mask=(offs_n < T)[:, None] & mask_d[None, :], other=0.0)
@@ -144,7 +146,10 @@ def _attention_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask = (offs_m < T)[:, None] & (offs_d < D)[None, :]
     q = tl.load(q_ptr + offs_m.to(tl.int64)[:, None] * stride_t + offs_d[None, :] * stride_c, mask=mask, other=0.0)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    row_keys, s1 = offs_m, 0
+    if DROPOUT:
+        s0, s1 = dropout_words(tl.load(seed_ptr), bh)
+        row_keys = dropout_keys(s0, offs_m)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -153,11 +158,11 @@ def _attention_fwd_kernel(
     diagonal = start_m // BLOCK_N * BLOCK_N
     acc, m_i, l_i = _fwd_tiles(
         acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, begin, diagonal, T, qk_scale,
-        offs_m, first, bh, seed, threshold, D, False, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
+        offs_m, first, row_keys, s1, threshold, D, False, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, m_i, l_i = _fwd_tiles(
         acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, diagonal, tl.minimum(start_m + BLOCK_M, T), T, qk_scale,
-        offs_m, first, bh, seed, threshold, D, True, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
+        offs_m, first, row_keys, s1, threshold, D, True, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     o = acc * (z / l_i)[:, None]
@@ -187,7 +192,7 @@ def _attention_delta_kernel(
 @triton.jit
 def _dkv_tiles(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, starts_ptr, stride_t, stride_c, stride_dot, stride_doc,
-    start, stop, T, qk_scale, offs_n, bh, seed, threshold, z,
+    start, stop, T, qk_scale, offs_n, column_keys, s0, threshold, z,
     D: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +219,8 @@ def _dkv_tiles(
         delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
         dpT = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if DROPOUT:
-            zT = tl.where(keep_tile(seed, threshold, offs_n[:, None], offs_m[None, :], bh, 0), z, 0.0)
+            row_keys = dropout_keys(s0, offs_m)
+            zT = tl.where(keep_tile(row_keys[None, :], column_keys[:, None], threshold), z, 0.0)
             dpT = dpT * zT
             dv = tl.dot((pT * zT).to(do.dtype), do, dv, input_precision=PRECISION)
         else:
@@ -252,7 +258,10 @@ def _attention_dkv_kernel(
     mask = (offs_n < T)[:, None] & (offs_d < D)[None, :]
     k = tl.load(k_ptr + keys[:, None] * stride_t + offs_d[None, :] * stride_c, mask=mask, other=0.0)
     v = tl.load(v_ptr + keys[:, None] * stride_t + offs_d[None, :] * stride_c, mask=mask, other=0.0)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    column_keys, s0 = offs_n, 0
+    if DROPOUT:
+        s0, s1 = dropout_words(tl.load(seed_ptr), bh)
+        column_keys = dropout_keys(s1, offs_n)
 
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
@@ -264,12 +273,12 @@ def _attention_dkv_kernel(
         end = tl.load(stops_ptr + b * T + tl.minimum(start_n + BLOCK_N, T) - 1)
     dk, dv = _dkv_tiles(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, starts_ptr, stride_t, stride_c, stride_dot, stride_doc,
-        diagonal, tl.minimum(full, end), T, qk_scale, offs_n, bh, seed, threshold, z,
+        diagonal, tl.minimum(full, end), T, qk_scale, offs_n, column_keys, s0, threshold, z,
         D, True, DOCUMENTS, DROPOUT, PRECISION, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     dk, dv = _dkv_tiles(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, starts_ptr, stride_t, stride_c, stride_dot, stride_doc,
-        full, end, T, qk_scale, offs_n, bh, seed, threshold, z,
+        full, end, T, qk_scale, offs_n, column_keys, s0, threshold, z,
         D, False, DOCUMENTS, DROPOUT, PRECISION, BLOCK_M, BLOCK_D,
     )  # fmt: skip
 
@@ -281,7 +290,7 @@ def _attention_dkv_kernel(
 @triton.jit
 def _dq_tiles(
     dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, stride_c, start, stop, T,
-    qk_scale, offs_m, first, bh, seed, threshold, z,
+    qk_scale, offs_m, first, row_keys, s1, threshold, z,
     D: tl.constexpr, MASKED: tl.constexpr, DOCUMENTS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -302,7 +311,8 @@ def _dq_tiles(
         p = tl.exp2(s * qk_scale - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
-            dp = dp * tl.where(keep_tile(seed, threshold, offs_n[None, :], offs_m[:, None], bh, 0), z, 0.0)
+            column_keys = dropout_keys(s1, offs_n)
+            dp = dp * tl.where(keep_tile(row_keys[:, None], column_keys[None, :], threshold), z, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         offs_n += BLOCK_N
@@ -337,18 +347,23 @@ def _attention_dq_kernel(
     do = tl.load(do_ptr + rows[:, None] * stride_dot + offs_d[None, :] * stride_doc, mask=mask, other=0.0)
     lse = tl.load(lse_ptr + bh.to(tl.int64) * T + rows, mask=mask_m, other=float("inf"))
     delta = tl.load(delta_ptr + bh.to(tl.int64) * T + rows, mask=mask_m, other=0.0)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    row_keys, s1 = offs_m, 0
+    if DROPOUT:
+        s0, s1 = dropout_words(tl.load(seed_ptr), bh)
+        row_keys = dropout_keys(s0, offs_m)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     begin, first = _first_keys(starts_ptr, b * T, start_m, offs_m, T, DOCUMENTS, BLOCK_N)
     diagonal = start_m // BLOCK_N * BLOCK_N
     dq = _dq_tiles(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, stride_c, begin, diagonal, T,
-        qk_scale, offs_m, first, bh, seed, threshold, z, D, False, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
+        qk_scale, offs_m, first, row_keys, s1, threshold, z,
+        D, False, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _dq_tiles(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, stride_c, diagonal, tl.minimum(start_m + BLOCK_M, T), T,
-        qk_scale, offs_m, first, bh, seed, threshold, z, D, True, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
+        qk_scale, offs_m, first, row_keys, s1, threshold, z,
+        D, True, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     dq_ptrs = dqkv_ptr + (b * T + rows)[:, None] * (3 * C) + h * D + offs_d[None, :]
@@ -483,11 +498,8 @@ def attention_dropout_mask(
     B: int, H: int, T: int, dropout_p: float, seed: int | Tensor, device: torch.device | str = "cpu"
 ) -> Tensor:
     """The mask that causal_attention applies under a seed: (B, H, T, T) bool, True where a probability is kept."""
-    device = torch.device(device)
-    bh = torch.arange(B * H, device=device).view(B, H, 1, 1)
-    i = torch.arange(T, device=device).view(T, 1)
-    j = torch.arange(T, device=device)
-    return keep_mask(seed_tensor(seed, device), dropout_p, j, i, bh, torch.zeros_like(j))
+    bh = torch.arange(B * H, device=device).view(B, H)
+    return keep_mask(seed_tensor(seed, bh.device), dropout_p, T, T, bh)
 
 
 def _unsupported(head_dim: int) -> str | None:

@@ -354,6 +354,19 @@ def test_dropout_fraction(p):
         assert abs((a & b).float().mean().item() - (1 - p) ** 2) < 0.03
 
 
+def test_dropout_has_no_pattern_of_rows_and_columns():
+    """Row and column keys are combined: the parity of a rectangle's corners would show it if they were only xored."""
+    keep = attention_dropout_mask(1, 4, 256, 0.5, seed=5)[0]
+    i = torch.arange(128)
+    for step in (1, 2, 64):
+        a, b = keep[:, i], keep[:, i + step]
+        parity = a ^ b ^ a.roll(step, -1) ^ b.roll(step, -1)
+        assert abs(parity.float().mean().item() - 0.5) < 0.01
+    rows, columns = keep.float().mean(-1), keep.float().mean(-2)
+    for means in (rows, columns):  # 256 fair coins each: standard deviation 1/32
+        assert abs(means.std().item() - 1 / 32) < 0.003
+
+
 def test_dropout_follows_the_seed(device):
     qkv = torch.randn(1, 33, 48, device=device)
     for backend in ("triton", "eager"):
