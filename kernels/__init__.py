@@ -7,15 +7,19 @@ machine, `python -m kernels check` proves the kernels on it.
 from ._dispatch import use_backend
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
+from .cross_entropy import cross_entropy
 from .gelu import bias_gelu
 from .layer_norm import layer_norm
+from .linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "add_layer_norm",
     "attention_dropout_mask",
     "bias_gelu",
     "causal_attention",
+    "cross_entropy",
     "layer_norm",
+    "linear_cross_entropy",
     "residual_dropout_mask",
     "use_backend",
 ]

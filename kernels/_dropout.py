@@ -1,7 +1,7 @@
 """Counter-based dropout: the bit of an element depends on a seed and on the element's own coordinates, on nothing else.
 
     s0, s1 = philox(seed, stream)
-    r_i = mix(s0 + i G)     c_j = mix(s1 + j G)     keep_ij = mix(r_i xor c_j) >= threshold     (G = 2^32 / golden ratio)
+    r_i = mix(s0 + i G)     c_j = mix(s1 + j G)     keep_ij = mix(r_i xor c_j) >= threshold    (G = 2^32 / golden ratio)
 
 Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns the seed and the number of the
 mask into two words; steps of G from each, mixed, are one key per row and one per column (the Weyl sequence of Steele et

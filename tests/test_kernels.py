@@ -1,6 +1,7 @@
 """Every registered kernel against float64, by the one tolerance rule; on a CPU in Triton's interpreter."""
 
 import dataclasses
+import importlib
 import itertools
 
 import pytest
@@ -69,17 +70,18 @@ def test_launch_tables_of_other_architectures(name, arch, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_one_percent_error_is_found(name, dtype, device):
-    """The rule has teeth: 1 % on the outputs, or on the gradients alone, must fail."""
+    """The rule has teeth: 1 % (4 ulp where that is more) on the outputs, or on the gradients alone, must fail."""
     spec = SPECS[name]
+    factor = 1 + max(0.01, 4 * torch.finfo(dtype).eps)
 
-    class OnePercent(torch.autograd.Function):
+    class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx, y):
             return y.clone()
 
         @staticmethod
         def backward(ctx, dy):
-            return dy * 1.01
+            return dy * factor
 
     def changed(change):
         def fn(**inputs):
@@ -88,7 +90,7 @@ def test_a_one_percent_error_is_found(name, dtype, device):
 
         return {row.name: row.passed for row in prove(spec, spec.cases[0], dtype, device, fn=fn)}
 
-    wrong_output, wrong_gradient = changed(lambda y: y * 1.01), changed(OnePercent.apply)
+    wrong_output, wrong_gradient = changed(lambda y: y * factor), changed(Wrong.apply)
     assert not any(wrong_output[name] for name in spec.outputs)
     assert all(passed == (name in spec.outputs) for name, passed in wrong_gradient.items())
 
@@ -431,8 +433,7 @@ def test_unknown_backend_is_refused():
 
 @pytest.mark.gpu
 def test_auto_runs_the_kernels_on_a_gpu(monkeypatch):
-    import kernels.layer_norm as module
-
+    module = importlib.import_module("kernels.layer_norm")  # as an attribute of the package the name is the function
     calls = []
     monkeypatch.setattr(module, "layer_norm_fwd", lambda x, *rest: calls.append(x) or (x,))
     layer_norm(torch.ones(2, 3, device="cuda"), torch.ones(3, device="cuda"))
