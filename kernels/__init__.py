@@ -8,9 +8,10 @@ from ._dispatch import use_backend
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
 from .cross_entropy import cross_entropy
+from .decode_attention import decode_attention
 from .gelu import bias_gelu
 from .layer_norm import layer_norm
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import linear_cross_entropy, lm_logits
 
 __all__ = [
     "add_layer_norm",
@@ -18,8 +19,10 @@ __all__ = [
     "bias_gelu",
     "causal_attention",
     "cross_entropy",
+    "decode_attention",
     "layer_norm",
     "linear_cross_entropy",
+    "lm_logits",
     "residual_dropout_mask",
     "use_backend",
 ]

@@ -163,6 +163,16 @@ def _backward(ctx, dloss, _ddx, _ddw):
 linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
+def lm_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T: (..., C), (V, C) any floating dtype -> (..., V) in x.dtype. On CUDA it is a view of wider rows."""
+    weight, V = weight.to(x.dtype), weight.shape[0]
+    if not x.is_cuda:
+        return F.linear(x, weight)
+    # Rows of zeros up to a multiple of 128: 50,257 columns are odd, and the tensor cores' fast tiles need aligned rows
+    # of logits. The crop keeps the padding out of the softmax. A CPU gains nothing from it.
+    return F.linear(x, F.pad(weight, (0, 0, 0, -V % 128)))[..., :V]
+
+
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """cross_entropy(x @ weight.T, targets, ignore_index) with a bounded part of the logits in memory at a time.
 
@@ -181,7 +191,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     if use_triton("linear_cross_entropy", x):
         need_dx, need_dw = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
         return linear_cross_entropy_fwd(x, weight, targets, ignore_index, need_dx, need_dw)[0]
-    return cross_entropy_eager(F.linear(x, weight.to(x.dtype)), targets, ignore_index)
+    return cross_entropy_eager(lm_logits(x, weight), targets, ignore_index)
 
 
 def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:

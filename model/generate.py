@@ -2,7 +2,8 @@
 
     python -m model.generate runs/book --prompt "CHAPTER I. " --tokens 200 --temperature 0.8 --top-k 40 --seed 1
 
-One step: the logits of the last position, divided by the temperature, cut to the top_k largest, softmax, one draw.
+One step: the logits of the last position, divided by the temperature, cut to the top_k largest, softmax, one draw. The
+first step reads the whole prompt, each of the others the token drawn before: a cache holds the keys and values.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from model.cache import KVCache
 from model.checkpoint import load_model
 from model.cli import UserError, pick_device, run
 from model.gpt import GPT
@@ -41,7 +43,8 @@ def generate(
         random number in the process moves.
     stop_id: ends the text where it is drawn, and is not yielded; None never stops early.
 
-    Where the text outgrows the model's context, its oldest tokens are left out. The model is in eval mode until the
+    Where the text outgrows the model's context, its oldest tokens are left out, and each token then takes as long as
+    the whole context does (see next_logits). The model is in eval mode until the
     iterator is exhausted or closed, then back in the mode it had. Raises UserError, before the first token, for a
     prompt that is empty or longer than the context, and for settings that mean nothing.
     """
@@ -67,11 +70,13 @@ def _generate(
 ) -> Iterator[int]:
     device = model.transformer.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
+    S = min(model.config.n_positions, len(ids) + tokens - 1)  # the last token drawn is not read
+    cache = KVCache(model.config, 1, S, dtype=model.dtype, device=device)
     was_training = model.training
     model.eval()
     try:
         for _ in range(tokens):
-            logits = next_logits(model, ids, device)
+            logits = next_logits(model, ids, cache)
             next_id = sample(logits, temperature=temperature, top_k=top_k, generator=generator)
             if next_id == stop_id:
                 return
@@ -82,13 +87,22 @@ def _generate(
 
 
 @torch.inference_mode()
-def next_logits(model: GPT, ids: Sequence[int], device: torch.device) -> Tensor:
-    """Logits of the token that follows `ids`, of which the model sees the last n_positions: (V,) float32."""
-    idx = torch.tensor([ids[-model.config.n_positions :]], device=device)  # (1, T)
-    logits, _ = model(idx, logits="last")  # (1, 1, V)
+def next_logits(model: GPT, ids: Sequence[int], cache: KVCache) -> Tensor:
+    """Logits of the token that follows `ids`, of which the model sees the last n_positions: (V,) float32.
+
+    cache: holds the first of `ids`, or nothing yet; the model reads the others into it.
+    """
+    n_positions, device = model.config.n_positions, cache.lengths.device
+    if len(ids) <= n_positions:
+        logits, _ = model(torch.tensor([ids[cache.length :]], device=device), logits="last", cache=cache)  # (1, 1, V)
+    else:
+        # Positions are learned, one vector each: a window that slides by a token gives every token in it another
+        # position, so no key or value of the step before can be used again, and all are computed anew.
+        logits, _ = model(torch.tensor([ids[-n_positions:]], device=device), logits="last")  # (1, 1, V)
     return logits[0, 0].float()
 
 
+@torch.inference_mode()
 def sample(
     logits: Tensor, *, temperature: float, top_k: int | None = None, generator: torch.Generator | None = None
 ) -> int:

@@ -5,8 +5,9 @@
     x = x + mlp(ln_2(x))
     logits = ln_f(x) @ wte.T        loss = mean over targets of -log softmax(logits)[target]
 
-B: batch, T: tokens, C: n_embd, H: heads, V: vocabulary. Attention, LayerNorm and GELU come from `kernels`, which knows
-what runs on which device.
+B: batch, T: tokens, C: n_embd, H: heads, V: vocabulary. Attention, LayerNorm, GELU and the loss come from `kernels`,
+which knows what runs on which device. Two pairs of lines above are one operator each: adding to x and normalising it
+for whoever reads it next is one pass over memory, and the loss takes the logits a part at a time and keeps none.
 
 Precision is explicit: parameters are float32, activations live in the one dtype given to GPT(config, dtype), and a
 weight is cast to it where it is used. In float32 that cast is free.
@@ -26,7 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import bias_gelu, causal_attention, layer_norm
+from kernels import (
+    add_layer_norm,
+    bias_gelu,
+    causal_attention,
+    decode_attention,
+    layer_norm,
+    linear_cross_entropy,
+    lm_logits,
+)
+from model.cache import KVCache
 from model.config import ACTIVATIONS, GPTConfig
 
 IGNORE = -100  # a target that does not count in the loss
@@ -43,33 +53,35 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, logits: Literal["all", "last"] = "all"
-    ) -> tuple[Tensor, Tensor | None]:
-        """idx, targets: (B, T) int64, T <= n_positions -> logits: (B, T, V) in self.dtype; loss: () or None.
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        logits: Literal["all", "last"] = "all",
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """idx, targets: (B, T) int64, T <= n_positions -> (logits, None), or (None, loss) where there are targets.
 
-        The loss is the mean cross-entropy in nats over the targets that are not -100, in float32 or better.
-        logits="last" computes the last position only, (B, 1, V), for generation. Raises ValueError for a sequence
-        longer than n_positions, and on a CPU for ids outside the vocabulary; a CUDA device reports those by its own
-        assertion, as looking would make the host wait in every step.
+        logits: (B, T, V) in self.dtype; logits="last" computes the last position only, (B, 1, V), for generation.
+        loss: (), the mean cross-entropy in nats over the targets that are not -100, in float32 or better.
+        Raises ValueError for a sequence longer than n_positions, and on a CPU for ids outside the vocabulary; a CUDA
+        device reports those by its own assertion, as looking would make the host wait in every step.
+
+        With a cache idx are the tokens that follow those in it, and join them: any number into an empty cache, then one
+        at a time. For inference, in eval mode; ValueError where the cache is full or gradients are on.
         """
-        if logits == "last" and targets is not None:
-            raise ValueError('a loss needs the logits of all positions: call with logits="all", or without targets')
-        x = self._embed(idx)  # (B, T, C)
-        for block in self.transformer.h:
-            x = block(x)
-        if logits == "last":
-            x = x[:, -1:]  # (B, 1, C)
-        scores = self._head(self.transformer.ln_f(x))  # (B, T or 1, V)
-        if targets is None:
-            return scores, None
-        # The softmax and its sum over V = 50,257 terms need more digits than bfloat16's 8 bits.
-        exact = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        loss = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        return scores, loss
+        x = self._embed(idx, cache)  # (B, T, C), the residual stream
+        blocks = self.transformer.h
+        y = blocks[0].ln_1(x)
+        for block, ln_next in zip(blocks, [*(b.ln_1 for b in blocks[1:]), self.transformer.ln_f], strict=True):
+            y, x = block(y, x, ln_next, cache)
+        if targets is not None:
+            return None, linear_cross_entropy(y.flatten(0, 1), self.transformer.wte.weight, targets.flatten(), IGNORE)
+        return lm_logits(y[:, -1:] if logits == "last" else y, self.transformer.wte.weight), None
 
-    def _embed(self, idx: Tensor) -> Tensor:
+    def _embed(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T) ids -> (B, T, C), summed in float32 and rounded once."""
-        T = idx.shape[1]
+        B, T = idx.shape
         if self.config.n_positions < T:
             raise ValueError(f"a sequence of {T} tokens is longer than the model's {self.config.n_positions} positions")
         try:
@@ -77,18 +89,9 @@ class GPT(nn.Module):
         except IndexError:
             low, high, V = int(idx.min()), int(idx.max()), self.config.vocab_size
             raise ValueError(f"token ids must lie in [0, {V}), got ids from {low} to {high}") from None
-        positions = self.transformer.wpe.weight[:T]  # (T, C)
+        wpe = self.transformer.wpe
+        positions = wpe.weight[:T] if cache is None else wpe(cache.extend(B, T))  # (T, C)
         return F.dropout((tokens + positions).to(self.dtype), self.config.embd_pdrop, self.training)
-
-    def _head(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., V), with the token embedding as the weight."""
-        weight = self.transformer.wte.weight.to(x.dtype)  # (V, C)
-        if not x.is_cuda:
-            return F.linear(x, weight)
-        # Rows of zeros up to a multiple of 128: 50,257 columns are odd, and the tensor cores' fast tiles need aligned
-        # rows of logits. The crop keeps the padding out of the softmax. A CPU gains nothing from it.
-        V = self.config.vocab_size
-        return F.linear(x, F.pad(weight, (0, 0, 0, -V % 128)))[..., :V]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -126,38 +129,45 @@ class Transformer(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
 
 
 class Block(nn.Module):
     """One layer: two sub-layers, each reading a normalised copy of the residual stream and adding to it."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
-        self.resid_pdrop = config.resid_pdrop
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + F.dropout(self.attn(self.ln_1(x)), self.resid_pdrop, self.training)
-        return x + F.dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, self.training)
+    def forward(self, y: Tensor, x: Tensor, ln_next: LayerNorm, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """x: the residual stream, y: ln_1(x); (B, T, C) -> ln_next(x), x after this layer, for the next to go on."""
+        y, x = self.ln_2.add(self.attn(y, cache), x)
+        return ln_next.add(self.mlp(y), x)
 
 
 class CausalSelfAttention(nn.Module):
-    """Every token reads from itself and the tokens before it, with H heads of C // H channels."""
+    """Every token reads from itself and the tokens before it, with H heads of D = C // H channels."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
+        self.layer = layer
         self.attn_pdrop = config.attn_pdrop
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
         qkv = self.c_attn(x)  # (B, T, 3C): queries, keys, values side by side, and they stay packed
+        if cache is not None:
+            q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in qkv.chunk(3, -1))  # (B, H, T, D)
+            k_cache, v_cache = cache.write(self.layer, k, v)
+            if cache.length > x.shape[1]:  # there are tokens before this one
+                o = decode_attention(q[:, :, 0], k_cache, v_cache, cache.lengths)  # (B, H, D)
+                return self.c_proj(o.flatten(1)[:, None])
         o = causal_attention(qkv, self.n_head, dropout_p=self.attn_pdrop if self.training else 0.0)  # (B, T, C)
         return self.c_proj(o)
 
@@ -187,13 +197,19 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the channels, through the kernel."""
+    """nn.LayerNorm over the channels, through the kernels."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
+        self.resid_pdrop = config.resid_pdrop
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, update: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds what a sub-layer wrote to the residual stream x, (B, T, C) -> the new x normalised, and the new x."""
+        p = self.resid_pdrop if self.training else 0.0
+        return add_layer_norm(update, x, self.weight, self.bias, self.eps, dropout_p=p)
 
 
 def num_parameters(model: nn.Module) -> int:

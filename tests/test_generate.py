@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import re
@@ -12,8 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels import use_backend
+from kernels._triton import HAS_TRITON
 from model import checkpoint, optim
 from model import generate as generate_module
+from model.cache import KVCache
 from model.cli import UserError, run
 from model.config import GPTConfig
 from model.generate import GenerateConfig, generate, main, next_logits, sample, stream_text
@@ -21,6 +25,7 @@ from model.gpt import GPT
 from model.tokenizer import CharTokenizer, GPT2Tokenizer
 
 CONTEXT = 12
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
 TEXT = "CHAPTER I. Down the rabbit-hole, and after a while out again."
 
 
@@ -41,6 +46,16 @@ def ids(model: GPT, prompt=(1, 2, 3), **kwargs) -> list[int]:
     return list(generate(model, prompt, **{"tokens": 20, **kwargs}))
 
 
+def without_a_cache(model: GPT, prompt, tokens: int, seed: int, **kwargs) -> list[int]:
+    """What generate means: for each token the model reads all of the text that fits its context."""
+    device = model.transformer.wte.weight.device
+    text, generator = list(prompt), torch.Generator(device).manual_seed(seed)
+    for _ in range(tokens):
+        logits, _ = model(torch.tensor([text[-CONTEXT:]], device=device))
+        text.append(sample(logits[0, -1].detach(), generator=generator, **kwargs))
+    return text[len(prompt) :]
+
+
 # --- which ids
 
 
@@ -51,6 +66,30 @@ def test_greedy_takes_the_most_likely_token_each_time(model):
         expected.append(int(logits[0, -1].argmax()))
     assert ids(model, tokens=9, temperature=0) == expected[3:]
     assert len(set(expected[3:])) > 2
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("prompt", [[5], [1, 2, 3], list(range(CONTEXT))], ids=len)
+@pytest.mark.parametrize(
+    "kwargs", [{"temperature": 0}, {"temperature": 1.3}, {"temperature": 1.0, "top_k": 4}], ids=str
+)
+def test_ids_are_those_without_a_cache(model, kwargs, prompt, backend, device):
+    model = copy.deepcopy(model).to(device)
+    tokens = CONTEXT - len(prompt) + 3  # the cache exactly full, then outgrown
+    expected = without_a_cache(model, prompt, tokens, seed=4, **kwargs)
+    with use_backend(backend):
+        assert ids(model, prompt, tokens=tokens, seed=4, **kwargs) == expected
+
+
+def test_logits_are_those_without_a_cache(model):
+    text = list(range(1, CONTEXT + 4))
+    cache = KVCache(model.config, 1, dtype=model.dtype)
+    for n in range(3, len(text) + 1):
+        expected, _ = model(torch.tensor([text[:n][-CONTEXT:]]))
+        got = next_logits(model, text[:n], cache)
+        assert got.shape == (model.config.vocab_size,) and got.dtype == torch.float32
+        torch.testing.assert_close(got, expected[0, -1].detach(), rtol=0, atol=1e-5)
+    assert cache.length == CONTEXT
 
 
 def test_greedy_needs_no_seed_and_top_1_is_greedy(model):
@@ -116,7 +155,8 @@ def test_as_many_ids_as_asked_for_one_at_a_time(model, monkeypatch):
     assert next(stream, None) is None
 
 
-def test_the_text_slides_when_it_outgrows_the_context(model, monkeypatch):
+def test_each_token_is_read_once_until_the_text_outgrows_the_context(model, monkeypatch):
+    """Then the window slides, every token of it has another position, and all are read again each time."""
     seen = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda idx, **kwargs: seen.append(idx[0].tolist()) or forward(idx, **kwargs))
@@ -124,7 +164,8 @@ def test_the_text_slides_when_it_outgrows_the_context(model, monkeypatch):
     new = ids(model, prompt, tokens=20, seed=4)
     text = prompt + new
     assert len(new) == 20
-    assert seen == [text[max(0, n - CONTEXT) : n] for n in range(3, 23)]
+    once = [prompt, *([text[n - 1]] for n in range(4, CONTEXT + 1))]
+    assert seen == once + [text[n - CONTEXT : n] for n in range(CONTEXT + 1, 23)]
 
 
 def test_a_prompt_may_fill_the_context(model):
@@ -164,7 +205,9 @@ def test_an_error_in_the_middle_restores_the_mode_too(model, monkeypatch):
 
 
 def test_no_gradients_and_no_mode_leaks_out(model):
-    assert next_logits(model, [1, 2], torch.device("cpu")).is_inference()
+    cache = KVCache(model.config, 1, dtype=model.dtype)
+    assert next_logits(model, [1, 2], cache).is_inference()
+    assert next_logits(model, [1, 2, 3], cache).is_inference()
     for _ in generate(model, [1], tokens=2):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 

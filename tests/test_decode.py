@@ -1,0 +1,317 @@
+"""One token at a time: the decode kernel beyond its declared cases, the cache, and the model that uses both."""
+
+import importlib
+
+import pytest
+import torch
+from conftest import HAS_CUDA
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from kernels import decode_attention, use_backend
+from kernels._launch import record_launches
+from kernels._proof import compare
+from kernels._triton import HAS_TRITON
+from model import gpt
+from model.cache import KVCache
+from model.config import GPTConfig
+from model.gpt import GPT
+
+module = importlib.import_module("kernels.decode_attention")  # the package gives the name to the function
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
+BACKENDS = ["eager", pytest.param("triton", marks=needs_triton)]
+HALF = torch.bfloat16 if HAS_CUDA else torch.float16  # the interpreter has no bfloat16
+B, H, S, D = 5, 2, 150, 24
+LENGTHS = [0, 1, S, 33, 100]
+
+
+def inputs(device, dtype=torch.float32, lengths=LENGTHS):
+    q = torch.randn(B, H, D, dtype=dtype, device=device)
+    k = torch.randn(B, H, S, D, dtype=dtype, device=device)
+    v = torch.randn(B, S, D, H, dtype=dtype, device=device).permute(0, 3, 1, 2)  # no stride is k's
+    return q, k, v, torch.tensor(lengths, device=device)
+
+
+def by_definition(q, k, v, lengths):
+    """softmax(q . k / sqrt(D)) v, a sequence and head at a time, in float64."""
+    o = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    for b, n in enumerate(lengths.tolist()):
+        for h in range(q.shape[1]):
+            if n:
+                s = k[b, h, :n].double() @ q[b, h].double() / q.shape[-1] ** 0.5
+                o[b, h] = s.softmax(0) @ v[b, h, :n].double()
+    return o
+
+
+# --- the kernel
+
+
+@pytest.mark.parametrize("integers", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("eager", torch.float64),  # the oracle of the other tests
+        ("eager", torch.float32),
+        pytest.param("triton", torch.float32, marks=needs_triton),
+        pytest.param("triton", HALF, marks=needs_triton),
+    ],
+)
+def test_attends_to_the_keys_below_the_length(backend, dtype, integers, device):
+    q, k, v, lengths = inputs(device, dtype)
+    with use_backend(backend):
+        o = decode_attention(q, k, v, lengths.to(integers))
+    assert o.shape == (B, H, D) and o.dtype == dtype
+    assert not o[0].any()
+    torch.testing.assert_close(o, by_definition(q, k, v, lengths).to(dtype))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [7] * 5, [S] * 5, [0] * 5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_past_the_length_does_not_matter(backend, lengths, device):
+    q, k, v, lengths = inputs(device, lengths=lengths)
+    past = (torch.arange(S, device=device) >= lengths[:, None])[:, None, :, None]
+    with use_backend(backend):
+        expected = decode_attention(q, k.masked_fill(past, 0.0), v.masked_fill(past, 0.0), lengths)
+        for garbage in (float("nan"), float("inf"), 1e30):
+            got = decode_attention(q, k.masked_fill(past, garbage), v.masked_fill(past, garbage), lengths)
+            assert torch.equal(got, expected)
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_beyond_the_cache_is_read_whatever_the_lengths_say(backend, device):
+    q, k, v, _ = inputs(device)
+    k, v = (torch.cat([x, torch.full_like(x, float("nan"))], 2)[:, :, :S] for x in (k, v))
+    with use_backend(backend):
+        got, expected = (
+            decode_attention(q, k, v, torch.tensor(n, device=device))
+            for n in ([S + 9, -1, S, 9, 2 * S], [S, 0, S, 9, S])
+        )
+    assert torch.equal(got, expected) and got.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_sequence_at_all(backend, device):
+    with use_backend(backend):
+        assert decode_attention(*(x[:0] for x in inputs(device))).shape == (0, H, D)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_that_counts_is_seen(backend, device):
+    """In a query, or in a key or value below the length 33, it reaches the output of its head, and of no other."""
+    for which, place in enumerate([(3, 1, 4), (3, 1, 32, 4), (3, 1, 0, 4)]):
+        tensors = inputs(device)
+        tensors[which][place] = float("nan")
+        with use_backend(backend):
+            o = decode_attention(*tensors)
+        wrong = o.isnan().any(-1)
+        assert wrong[3, 1] and wrong.sum() == 1
+
+
+@needs_triton
+def test_any_number_of_splits_gives_the_same(monkeypatch, device):
+    q, k, v, lengths = inputs(device)
+    truth = by_definition(q, k, v, lengths)
+    grids = set()
+    launch = module.launch
+    monkeypatch.setattr(
+        module, "launch", lambda kernel, grid, *a, **m: grids.add(grid) or launch(kernel, grid, *a, **m)
+    )
+    monkeypatch.setattr(module, "_tile", lambda D: {"BLOCK_N": 4, "BLOCK_D": 32, "num_warps": 4})
+    for sms in (1, 3, 10_000):
+        monkeypatch.setattr(module, "sm_count", lambda _, sms=sms: sms)
+        with use_backend("triton"):
+            o = decode_attention(q, k, v, lengths)
+        torch.testing.assert_close(o, truth.float())
+    splits = {grid[1] for grid in grids if len(grid) == 2}
+    assert splits == {1, 3, module.MAX_SPLITS}
+
+
+@needs_triton
+@pytest.mark.parametrize(("S", "kernels"), [(10, 1), (1000, 2)])
+def test_launches_follow_from_shapes_and_never_from_lengths(S, kernels):
+    """One CUDA graph then fits every step. One split needs no second kernel."""
+    seen = set()
+    for n in (0, 1, S // 2, S):
+        q, k, v = torch.zeros(1, 2, D), *torch.zeros(2, 1, 2, S, D)
+        with record_launches() as launches, use_backend("triton"):
+            decode_attention(q, k, v, torch.tensor([n]))
+        seen.add(tuple((launch.kernel.__name__, launch.grid) for launch in launches))
+    assert len(seen) == 1 and len(seen.pop()) == kernels
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_of_thousands_and_of_minus_infinity(backend, device):
+    q, k, v, lengths = inputs(device)
+    q, k = q.abs(), k.abs()
+    k[3, :, :30] = float("-inf")  # the first of 33 keys have no finite score
+    k[4] *= 3000
+    with use_backend(backend):
+        o = decode_attention(q, k, v, lengths)
+    exact = by_definition(q, k, v, lengths)
+    assert exact.isfinite().all()
+    torch.testing.assert_close(o.double(), exact, rtol=0.01, atol=0.01 * exact.abs().max().item())
+
+
+@needs_triton
+def test_there_is_no_gradient_and_asking_for_one_says_so(device):
+    q, k, v, lengths = inputs(device)
+    q.requires_grad_()
+    with use_backend("triton"):
+        o = decode_attention(q, k, v, lengths)
+        with pytest.raises(RuntimeError, match="no autograd formula"):
+            o.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"q": torch.zeros(2, 3)}, r"q must be \(B, H, D\).* got \(2, 3\)"),
+        ({"q": torch.zeros(2, 3, 5)}, r"got \(2, 3, 5\), \(2, 3, 7, 4\)"),
+        ({"k_cache": torch.zeros(2, 7, 4)}, r"\(2, 7, 4\)"),
+        ({"v_cache": torch.zeros(2, 3, 8, 4)}, r"and \(2, 3, 8, 4\)"),
+        ({"v_cache": torch.zeros(2, 3, 7, 4, dtype=torch.float16)}, "float32, torch.float32 and torch.float16"),
+        ({"lengths": torch.zeros(3, dtype=torch.int64)}, r"lengths must be \(2,\) int64 or int32, got \(3,\)"),
+        ({"lengths": torch.zeros(2)}, "got .* torch.float32"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(change, words):
+    good = {
+        "q": torch.zeros(2, 3, 4),
+        "k_cache": torch.zeros(2, 3, 7, 4),
+        "v_cache": torch.zeros(2, 3, 7, 4),
+        "lengths": torch.zeros(2, dtype=torch.int64),
+    }
+    decode_attention(**good)
+    with pytest.raises(ValueError, match=words):
+        decode_attention(**good | change)
+
+
+@needs_triton
+def test_triton_refuses_a_head_that_does_not_fit(device):
+    with use_backend("triton"), pytest.raises(RuntimeError, match="head size 257"):
+        decode_attention(
+            torch.zeros(1, 1, 257, device=device),
+            *torch.zeros(2, 1, 1, 3, 257, device=device),
+            torch.ones(1, dtype=torch.int64, device=device),
+        )
+
+
+# --- the model with a cache
+
+CONFIG = GPTConfig(vocab_size=61, n_positions=12, n_embd=48, n_layer=2, n_head=3)
+
+
+def build(dtype, device):
+    torch.manual_seed(3)
+    model = GPT(CONFIG, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return (model.double() if dtype == torch.float64 else model).to(device)
+
+
+def cached_logits(model, idx, prompt, S=None):
+    """The logits of every position: a prompt at once, then one token at a time."""
+    cache = KVCache(model.config, len(idx), S, dtype=model.dtype, device=idx.device)
+    cache.k.fill_(float("nan"))  # whatever the memory held
+    cache.v.fill_(float("nan"))
+    steps = [idx[:, :prompt], *(idx[:, t : t + 1] for t in range(prompt, idx.shape[1]))]
+    with torch.inference_mode():
+        return torch.cat([model(step, cache=cache)[0] for step in steps], 1)
+
+
+@pytest.mark.parametrize("prompt", [1, 5, CONFIG.n_positions])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("eager", torch.float32),
+        ("eager", torch.bfloat16),
+        pytest.param("triton", torch.float32, marks=needs_triton),
+        pytest.param("triton", HALF, marks=needs_triton),
+    ],
+)
+def test_logits_with_the_cache_are_those_without(backend, dtype, prompt, device):
+    idx = torch.randint(61, (2, CONFIG.n_positions)).to(device)  # to the last position
+    with torch.inference_mode(), use_backend("eager"):
+        truth, eager = build(torch.float64, device)(idx)[0], build(dtype, device)(idx)[0]
+    with use_backend(backend):
+        got = cached_logits(build(dtype, device), idx, prompt)
+    row = compare("model", {}, "logits", got, eager, truth, gradient=True)
+    assert row.passed, f"error {row.error:.3e} > allowed {row.allowed:.3e}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_smaller_cache_is_enough_for_a_shorter_text(backend, device):
+    model, idx = build(torch.float32, device), torch.randint(61, (1, 7)).to(device)
+    with use_backend(backend):
+        torch.testing.assert_close(cached_logits(model, idx, 3, S=7), cached_logits(model, idx, 3), rtol=0, atol=2e-5)
+
+
+def test_the_prompt_is_one_causal_attention_and_each_token_one_decode_attention(monkeypatch, device):
+    calls = []
+    for name in ("causal_attention", "decode_attention"):
+        fn = getattr(gpt, name)
+        monkeypatch.setattr(gpt, name, lambda *a, fn=fn, name=name, **kw: calls.append(name) or fn(*a, **kw))
+    cached_logits(build(torch.float32, device), torch.randint(61, (2, 4)).to(device), 1)
+    assert calls == ["causal_attention"] * 2 + ["decode_attention"] * 6
+
+
+def test_logits_of_the_last_position_come_from_the_cache_too(device):
+    net, idx = build(torch.float32, device), torch.randint(61, (2, 6)).to(device)
+    cache = KVCache(CONFIG, 2, dtype=torch.float32, device=device)
+    with torch.inference_mode():
+        first, second = (net(part, logits="last", cache=cache)[0] for part in (idx[:, :5], idx[:, 5:]))
+        every, _ = net(idx)
+    assert first.shape == second.shape == (2, 1, 61)
+    torch.testing.assert_close(torch.cat([first, second], 1), every[:, 4:], rtol=0, atol=2e-5)
+    assert cache.length == 6 and cache.lengths.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("held", "came", "words"),
+    [
+        (11, (2, 2), "full: it has room for 12 tokens, holds 11, and 2 more came"),
+        (12, (2, 1), "full: it has room for 12 tokens, holds 12, and 1 more came"),
+        (3, (2, 2), "takes one at a time, and 2 came"),
+        (3, (1, 1), "of 2 sequences, and 1 came"),
+        (3, "ids", r"\[0, 61\)"),
+    ],
+)
+def test_what_a_cache_cannot_take_is_refused_and_changes_nothing(held, came, words):
+    net, idx = build(torch.float32, "cpu"), torch.randint(61, (2, 12))
+    cache = KVCache(CONFIG, 2, dtype=torch.float32)
+    with torch.inference_mode():
+        net(idx[:, :held], cache=cache)
+        before = cache.k.clone()
+        with pytest.raises(ValueError, match=words):
+            net(torch.full((2, 1), 61) if came == "ids" else torch.zeros(came, dtype=torch.int64), cache=cache)
+    assert cache.length == held and cache.lengths.tolist() == [held, held]
+    assert torch.equal(cache.k[:, :, :, :held], before[:, :, :, :held])
+
+
+def test_a_cache_is_for_inference():
+    cache = KVCache(CONFIG, 1, dtype=torch.float32)
+    with pytest.raises(ValueError, match="inference_mode"):
+        build(torch.float32, "cpu")(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+
+
+@pytest.mark.parametrize("S", [0, 13])
+def test_a_cache_of_no_or_too_many_tokens_is_refused(S):
+    with pytest.raises(ValueError, match=f"a cache of {S} tokens: .* 12 positions"):
+        KVCache(CONFIG, 1, S, dtype=torch.float32)
+
+
+@needs_triton
+def test_a_step_with_a_cache_compiles_into_one_graph_for_every_length(device):
+    torch.compiler.reset()
+    net, idx = build(torch.float32, device), torch.randint(61, (1, 8)).to(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    with use_backend("triton"), torch.inference_mode():
+        expected, _ = net(idx)
+        cache = KVCache(CONFIG, 1, dtype=torch.float32, device=device)
+        net(idx[:, :2], cache=cache)
+        for t in range(2, 8):
+            got, _ = compiled(idx[:, t : t + 1], cache=cache)
+            torch.testing.assert_close(got[:, 0], expected[:, t], rtol=0, atol=2e-5)
+    assert counter.frame_count <= 2  # for the first length, then for any
