@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test lint format gpu clean
+.PHONY: help train test lint format gpu static fuzz mutants clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train a model that fits this machine on Book/, and read what it writes"
 	@echo "make test    the test suite (CPU; on a CUDA machine the kernels run on the GPU too)"
 	@echo "make gpu     proof and benchmarks of the kernels on this machine's NVIDIA GPU"
+	@echo "make static  what every kernel compiles to, for each architecture (no GPU is used)"
+	@echo "make fuzz    random cases for every kernel, EXAMPLES=300 of them each; the suite has a few, the same every time"
+	@echo "make mutants breaks the kernels by hand, one line at a time, and sees the suite turn red"
 	@echo "make lint    format check, lint, types        make format   rewrite in house style"
 	@echo "ARGS=... is passed on:  make train ARGS='--steps 500'   make test ARGS='-k layer_norm'"
 
@@ -33,6 +36,13 @@ train: $(VENV)/.with-core
 test: $(VENV)/.with-test
 	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
+EXAMPLES ?= 300
+fuzz: $(VENV)/.with-test
+	@EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -m long tests/test_properties.py $(ARGS)
+
+mutants: $(VENV)/.with-test
+	@$(BIN)/python tests/mutants.py $(ARGS)
+
 lint: $(VENV)/.with-lint
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -44,6 +54,10 @@ format: $(VENV)/.with-lint
 
 gpu: $(VENV)/.with-core
 	@$(BIN)/python -m bench gpu $(ARGS)
+
+# Compiles every kernel, every case, every precision for GPUs that need not be here: half an hour of one core.
+static: $(VENV)/.with-core
+	@$(BIN)/python -m bench static --arch 80 86 90 100 120 $(ARGS)
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -144,15 +144,15 @@ def _train(config: Train) -> None:
 
 def _static(config: Static) -> None:
     for arch in config.arch:
-        if arch not in static.SHARED_KIB:
-            raise cli.UserError(f"--arch {arch} is not known: choose from {', '.join(map(str, static.SHARED_KIB))}")
+        if arch not in static.ARCHITECTURES:
+            raise cli.UserError(f"--arch {arch} is not known: choose from {', '.join(map(str, static.ARCHITECTURES))}")
     rows: list[static.StaticRow] = []
     dtypes = [getattr(torch, name) for name in config.dtype]
     with cli.LiveLine() as line:
-        for done, total, row in static.survey(config.arch, dtypes, _ops(config.op), bench_only=config.bench_only):
-            rows.append(row)
+        for done, total, found in static.survey(config.arch, dtypes, _ops(config.op), bench_only=config.bench_only):
+            rows += found
             if line.is_live:
-                line.update(f"compiled {done}/{total}  {row.kernel} sm_{row.arch} {row.dtype}")
+                line.update(f"compiled {done}/{total}  {found[-1].kernel} sm_{found[-1].arch} {found[-1].dtype}")
     print(report.STATIC_HEAD)
     for row in sorted(rows, key=lambda r: (r.kernel, r.arch, r.dtype, r.config)):
         print(report.static_line(row))

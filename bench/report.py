@@ -78,11 +78,14 @@ def train_line(row: TrainRow) -> str:
     return f"{head} {row.timing.p50_ms:9.2f} ms  {row.tokens_per_s:12,.0f} tokens/s{mfu}{memory}"
 
 
-STATIC_HEAD = "kernel             arch   dtype     warps  regs spill  shared blocks/SM tensor wide loads  config"
+STATIC_HEAD = (
+    "kernel             arch   dtype     warps  regs spill  shared of all blocks instr tensor kind     wide  config"
+)
 
 
 def static_line(r: StaticRow) -> str:
-    """One compiled kernel as text, under STATIC_HEAD."""
+    """One compiled kernel as text, under STATIC_HEAD. blocks: on a multiprocessor; wide: loads of 16 bytes."""
     head = f"{r.kernel:<18} sm_{r.arch:<3} {r.dtype:<9} {r.num_warps:>5} {r.registers:>5} {r.spill:>5} {r.shared:>7}"
-    line = f"{head} {r.blocks_per_sm:>9} {r.tensor_core:>6} {r.wide_loads:>10}  {r.config}"
+    line = f"{head} {r.shared / r.shared_limit:>6.0%} {r.blocks_per_sm:>6} {r.instructions:>5} {r.tensor_core:>6}"
+    line += f" {r.tensor_kind or '-':<8} {r.wide_loads:>4}  {r.config}"
     return f"{line}  <- {r.problem}" if r.problem else line

@@ -1,9 +1,10 @@
 """The one place that decides between a Triton kernel and PyTorch's own operator."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
     """Chooses how the functions of this package run, inside a ``with`` block.
 
     - ``"auto"`` (the default outside any block): Triton on a CUDA device that it supports, else eager PyTorch. What
-      Triton could not take on a CUDA device is said once, as a warning.
+      Triton could not take or not compile on a CUDA device is said once, as a warning.
     - ``"triton"``: Triton or a RuntimeError that says why not. CPU tensors run where ``TRITON_INTERPRET=1`` was set
       before this package was imported.
     - ``"eager"``: PyTorch's functional operators under ordinary autograd.
@@ -70,6 +71,25 @@ def _device_problem_traced(device_type: str, device_index: int | None) -> str | 
     return device_problem(device_type, device_index)
 
 
+@functools.cache  # a dictionary look-up from the second time on
+def kernel_problem(name: str, dtype: torch.dtype, device_index: int, **widths: Any) -> str | None:
+    """Why operator `name` cannot run on this CUDA device, in words, or None: everything it launches was compiled.
+
+    widths: what its launches depend on, as entries of a case of its KernelSpec.
+    """
+    from ._compile import preflight  # which imports this module
+
+    gpu = torch.cuda.get_device_properties(device_index)
+    device = torch.device("cuda", device_index)
+    shared_limit = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]  # absent from the stubs
+    return preflight(name, dtype, widths, 10 * gpu.major + gpu.minor, shared_limit, device)
+
+
+@torch.compiler.assume_constant_result
+def _kernel_problem_traced(name: str, dtype: torch.dtype, device_index: int, **widths: Any) -> str | None:
+    return kernel_problem(name, dtype, device_index, **widths)
+
+
 @torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
     if message not in _warned:
@@ -77,16 +97,22 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def use_triton(name: str, x: Tensor, unsupported: str | None = None) -> bool:
+def use_triton(name: str, x: Tensor, unsupported: str | None = None, **widths: Any) -> bool:
     """True if operator `name` is to run its Triton kernel on x.
 
     unsupported: why the kernel cannot take these arguments, in words; None if it can.
+    widths: what its launches depend on, as entries of a case of its KernelSpec. Before the first use with them
+    everything that forward and backward will launch is compiled: what would fail is known before it does.
     """
     if _backend == "eager" or (_backend == "auto" and not x.is_cuda):
         return False
     problem = unsupported if recording() else _device_problem_traced(x.device.type, x.device.index) or unsupported
     if problem is None and x.dtype not in TRITON_DTYPES:
         problem = f"the kernel takes float32, float16 and bfloat16, not {x.dtype}"
+    if problem is None and not (INTERPRET or recording()):
+        if torch.compiler.is_compiling():  # a width may be a symbol there; a range has its length as a number
+            widths = {k: len(range(n)) if isinstance(n, int) else n for k, n in widths.items()}
+        problem = _kernel_problem_traced(name, x.dtype, x.device.index, **widths)
     if problem is None:
         return True
     if _backend == "triton":

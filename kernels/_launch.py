@@ -89,12 +89,15 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def row_tile(n: int, elements: int) -> tuple[int, int, int]:
-    """Tile of a row-wise kernel over rows of n: (BLOCK_M, BLOCK_N, num_warps), about `elements` elements a program."""
+def row_tile(n: int, elements: int, per_thread: int = 16) -> tuple[int, int, int]:
+    """Tile of a row-wise kernel over rows of n: (BLOCK_M, BLOCK_N, num_warps), about `elements` elements a program.
+
+    per_thread: elements of a thread. 16 keep a row's inputs, its accumulators and its weights in registers; a kernel of
+    more inputs wants fewer.
+    """
     block_n = triton.next_power_of_2(n)
     block_m = max(1, elements // block_n)
-    # 16 elements a thread keep a row's inputs, its accumulators and its weights in registers.
-    return block_m, block_n, min(32, max(4, block_m * block_n // (32 * 16)))
+    return block_m, block_n, min(32, max(4, block_m * block_n // (32 * per_thread)))
 
 
 def as_rows(x: Tensor) -> Tensor:

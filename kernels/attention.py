@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ._dispatch import use_triton
 from ._dropout import dropout_keys, dropout_threshold, dropout_words, keep_mask, keep_tile, seed_tensor
-from ._launch import launch
+from ._launch import arch_of, launch
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
 
@@ -37,23 +37,38 @@ MAX_HEAD_DIM = 256
 _LOG2_E = math.log2(math.e)
 
 
-def _tiles(head_dim: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """Tile sizes and launch options by padded head size and dtype, for the forward, dk/dv and dq kernels."""
+def _tiles(head_dim: int, dtype: torch.dtype, arch: int, dropout: bool) -> dict[str, dict[str, int]]:
+    """Tile sizes and launch options of each kernel, by padded head size, dtype and architecture.
+
+    No GPU has timed them. They are what compiles best: without a spill, on the tensor cores, with two blocks or more
+    on a multiprocessor (but for heads larger than 128), and then with the fewest instructions a score.
+    `python -m bench static` shows it.
+    """
     BLOCK_D = max(16, triton.next_power_of_2(head_dim))
 
-    def tile(m: int, n: int, warps: int, stages: int) -> dict[str, int]:
-        return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": BLOCK_D, "num_warps": warps, "num_stages": stages}
+    def tiles(fwd: tuple[int, ...], dkv: tuple[int, ...], dq: tuple[int, ...]) -> dict[str, dict[str, int]]:
+        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "BLOCK_D")
+        chosen = {"fwd": fwd, "dkv": dkv, "dq": dq}
+        delta = {"BLOCK_M": 1024 // BLOCK_D, "BLOCK_D": BLOCK_D}  # 8 elements a thread: 16 bytes of half precision
+        return {"delta": delta} | {k: dict(zip(names, (*v, BLOCK_D), strict=True)) for k, v in chosen.items()}
 
-    # Chosen by what compiles to no spill on sm_80 and sm_90 alike and leaves the most blocks on a multiprocessor.
     if dtype == torch.float32:  # full-precision products run on the ordinary float32 units, operands in registers
         if BLOCK_D <= 64:
-            return {"fwd": tile(32, 32, 4, 1), "dkv": tile(16, 32, 4, 1), "dq": tile(32, 32, 4, 1)}
-        return {"fwd": tile(16, 16, 4, 1), "dkv": tile(16, 16, 8, 1), "dq": tile(16, 16, 4, 1)}
+            return tiles((32, 16, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1))
+        return tiles((16, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 1))
+    if BLOCK_D > 128:
+        return tiles((32, 32, 8, 2), (16, 16, 4, 2), (32, 32, 8, 2))
+    # Products of 64 rows by 4 warps are one instruction with operands in shared memory (wgmma, tcgen05): tiles may be
+    # larger. The mask of dropout takes registers, of which the backward kernels have none left then.
+    if arch in (90, 100, 103):
+        if BLOCK_D <= 64:
+            dkv = (32, 64, 4, 2) if dropout or BLOCK_D < 64 else (64, 64, 4, 3)
+            return tiles((128, 64, 8, 3), dkv, (64, 64, 4, 3))
+        return tiles((64, 64, 4, 2), (16, 64, 4, 2), (64, 32 if dropout else 64, 4, 2))
+    # mma.sync, operands in registers; all fits the 99 KiB of shared memory of sm_86, 89 and 120
     if BLOCK_D <= 64:
-        return {"fwd": tile(64, 64, 4, 2), "dkv": tile(32, 64, 4, 2), "dq": tile(64, 32, 4, 2)}
-    if BLOCK_D == 128:
-        return {"fwd": tile(64, 64, 4, 2), "dkv": tile(16, 64, 4, 2), "dq": tile(64, 32, 4, 2)}
-    return {"fwd": tile(64, 32, 8, 2), "dkv": tile(32, 32, 8, 1), "dq": tile(32, 32, 4, 1)}
+        return tiles((64, 64, 4, 3), (32, 64, 4, 3), (64, 32, 4, 2))
+    return tiles((64, 64, 4, 2), (16, 64, 4, 2), (64, 32, 4, 2))
 
 
 @triton.jit
@@ -85,11 +100,12 @@ def _fwd_tiles(
 ):  # fmt: skip
     """Online softmax over the key tiles in [start, stop). MASKED: on the diagonal, where keys may follow the query."""
     offs_n = start + tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    k_ptrs = k_ptr + offs_n.to(tl.int64)[None, :] * stride_t + offs_d.to(tl.int64)[:, None] * stride_c
-    v_ptrs = v_ptr + offs_n.to(tl.int64)[:, None] * stride_t + offs_d.to(tl.int64)[None, :] * stride_c
-    mask_d = offs_d < D
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_d = cols < D
     for _ in range(start, stop, BLOCK_N):
+        keys = offs_n.to(tl.int64)
+        k_ptrs = k_ptr + keys[None, :] * stride_t + cols[:, None] * stride_c
+        v_ptrs = v_ptr + keys[:, None] * stride_t + cols[None, :] * stride_c
         if MASKED:  # only here can a tile reach past T
             k = tl.load(k_ptrs, mask=(offs_n < T)[None, :] & mask_d[:, None], other=0.0)
         elif D == BLOCK_D:
@@ -122,8 +138,6 @@ def _fwd_tiles(
             v = tl.load(v_ptrs, mask=mask_d[None, :], other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         offs_n += BLOCK_N
-        k_ptrs += BLOCK_N * stride_t
-        v_ptrs += BLOCK_N * stride_t
     return acc, m_i, l_i
 
 
@@ -161,7 +175,8 @@ def _attention_fwd_kernel(
         offs_m, first, row_keys, s1, threshold, D, False, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, m_i, l_i = _fwd_tiles(
-        acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c, diagonal, tl.minimum(start_m + BLOCK_M, T), T, qk_scale,
+        acc, m_i, l_i, q, k_ptr, v_ptr, stride_t, stride_c,
+        diagonal, tl.minimum(start_m + BLOCK_M, T), T, qk_scale,
         offs_m, first, row_keys, s1, threshold, D, True, DOCUMENTS, DROPOUT, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
@@ -198,13 +213,11 @@ def _dkv_tiles(
 ):  # fmt: skip
     """Adds the query tiles in [start, stop) to dk and dv. All score tiles are transposed, (BLOCK_N, BLOCK_M)."""
     offs_m = start + tl.arange(0, BLOCK_M)
-    rows, cols = offs_m.to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
-    q_ptrs = q_ptr + rows[:, None] * stride_t + cols[None, :] * stride_c
-    do_ptrs = do_ptr + rows[:, None] * stride_dot + cols[None, :] * stride_doc
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)
     for _ in range(start, stop, BLOCK_M):
-        mask_m = offs_m < T
+        rows, mask_m = offs_m.to(tl.int64), offs_m < T
         mask = mask_m[:, None] & (cols < D)[None, :]
-        q = tl.load(q_ptrs, mask=mask, other=0.0)
+        q = tl.load(q_ptr + rows[:, None] * stride_t + cols[None, :] * stride_c, mask=mask, other=0.0)
         # lse = inf makes p = 0 on the rows past T
         lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
         sT = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -215,7 +228,7 @@ def _dkv_tiles(
             sT = tl.where(first[None, :] <= offs_n[:, None], sT, float("-inf"))
         pT = tl.exp2(sT * qk_scale - lse[None, :])
 
-        do = tl.load(do_ptrs, mask=mask, other=0.0)
+        do = tl.load(do_ptr + rows[:, None] * stride_dot + cols[None, :] * stride_doc, mask=mask, other=0.0)
         delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
         dpT = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if DROPOUT:
@@ -228,8 +241,6 @@ def _dkv_tiles(
         dsT = pT * (dpT - delta[None, :])
         dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision=PRECISION)
         offs_m += BLOCK_M
-        q_ptrs += BLOCK_M * stride_t
-        do_ptrs += BLOCK_M * stride_dot
     return dk, dv
 
 
@@ -296,13 +307,12 @@ def _dq_tiles(
 ):  # fmt: skip
     """Adds the key tiles in [start, stop) to dq."""
     offs_n = start + tl.arange(0, BLOCK_N)
-    keys, cols = offs_n.to(tl.int64), tl.arange(0, BLOCK_D).to(tl.int64)
-    k_ptrs = k_ptr + keys[:, None] * stride_t + cols[None, :] * stride_c
-    v_ptrs = v_ptr + keys[:, None] * stride_t + cols[None, :] * stride_c
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)
     for _ in range(start, stop, BLOCK_N):
         mask = (offs_n < T)[:, None] & (cols < D)[None, :]
-        k = tl.load(k_ptrs, mask=mask, other=0.0)
-        v = tl.load(v_ptrs, mask=mask, other=0.0)
+        offsets = offs_n.to(tl.int64)[:, None] * stride_t + cols[None, :] * stride_c
+        k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
+        v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             s = tl.where(offs_m[:, None] >= offs_n[None, :], s, float("-inf"))
@@ -316,8 +326,6 @@ def _dq_tiles(
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         offs_n += BLOCK_N
-        k_ptrs += BLOCK_N * stride_t
-        v_ptrs += BLOCK_N * stride_t
     return dq
 
 
@@ -403,7 +411,7 @@ def attention_fwd(
     D = C // n_head
     o = torch.empty((B, T, C), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, n_head, T), dtype=torch.float32, device=qkv.device)
-    tile = _tiles(D, qkv.dtype)["fwd"]
+    tile = _tiles(D, qkv.dtype, arch_of(qkv.device), seed is not None)["fwd"]
     qk_scale, threshold, z = _scales(sm_scale, dropout_p)
     starts, _ = _document_bounds(documents)
     launch(
@@ -430,13 +438,12 @@ def attention_bwd(
     D = C // n_head
     dqkv = torch.empty((B, T, 3 * C), dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty_like(lse)
-    tiles = _tiles(D, qkv.dtype)
+    tiles = _tiles(D, qkv.dtype, arch_of(qkv.device), seed is not None)
     qk_scale, threshold, z = _scales(sm_scale, dropout_p)
     programs = B * n_head
-    BLOCK_M, BLOCK_D = 32, tiles["fwd"]["BLOCK_D"]
     launch(
-        _attention_delta_kernel, (programs * triton.cdiv(T, BLOCK_M),),
-        do, o, delta, *do.stride(), T, n_head, D=D, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D,
+        _attention_delta_kernel, (programs * triton.cdiv(T, tiles["delta"]["BLOCK_M"]),),
+        do, o, delta, *do.stride(), T, n_head, D=D, **tiles["delta"],
     )  # fmt: skip
     starts, stops = _document_bounds(documents)
     tensors = (qkv, do, lse, delta, dqkv, seed, starts, stops)
@@ -476,9 +483,7 @@ def _eager(
     # each (B, H, T, D), strided view; three chunks and not one permuted view, whose gradient would be copied once more
     q, k, v = (x.unflatten(-1, (n_head, -1)).transpose(1, 2) for x in qkv.chunk(3, -1))
     B, H, T, _ = q.shape
-    visible = None
-    if documents is not None or (dropout_p and seed is not None):
-        visible = torch.ones((T, T), dtype=torch.bool, device=qkv.device).tril()
+    visible = torch.ones((T, T), dtype=torch.bool, device=qkv.device).tril()
     if documents is not None:
         count = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)).cumsum(1)  # (B, T), the documents begun before
         visible = visible & (count[:, None, :, None] == count[:, None, None, :])
@@ -542,7 +547,7 @@ def causal_attention(
             f"causal_attention: documents must be integers of {tuple(qkv.shape[:2])}, got {documents.dtype} "
             f"{tuple(documents.shape)}"
         )
-    if use_triton("causal_attention", qkv, _unsupported(D)):
+    if use_triton("causal_attention", qkv, _unsupported(D), H=n_head, D=D, dropout_p=0.5 if dropout_p else 0.0):
         seed = seed_tensor(seed, qkv.device) if dropout_p else None
         return attention_fwd(qkv, seed, documents, n_head, dropout_p, sm_scale)[0]
     return _eager(qkv, n_head, dropout_p, seed, sm_scale, documents)

@@ -200,7 +200,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"cross_entropy: logits must be (M, V) with V >= 1, got {tuple(logits.shape)}")
     check_targets("cross_entropy", logits, targets)
-    if use_triton("cross_entropy", logits):
+    if use_triton("cross_entropy", logits, V=logits.shape[1]):
         return cross_entropy_fwd(logits, targets, ignore_index)[0]
     return cross_entropy_eager(logits, targets, ignore_index)
 

@@ -193,7 +193,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
         raise ValueError(
             f"decode_attention: lengths must be ({B},) int64 or int32, got {tuple(lengths.shape)} {lengths.dtype}"
         )
-    if use_triton("decode_attention", q, _unsupported(D)):
+    if use_triton("decode_attention", q, _unsupported(D), H=H, D=D, S=k_cache.shape[2]):
         return decode_attention_fwd(q, k_cache, v_cache, lengths)
     return _eager(q, k_cache, v_cache, lengths)
 

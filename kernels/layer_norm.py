@@ -183,7 +183,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     ValueError if weight or bias is not (N,). Ba et al. 2016, equation 3 and 4.
     """
     check_affine("layer_norm", x, weight, bias)
-    if use_triton("layer_norm", x, too_wide(x)):
+    if use_triton("layer_norm", x, too_wide(x), N=x.shape[-1], bias=bias is not None):
         return layer_norm_fwd(x, weight, bias, eps)[0]
     # PyTorch's operator wants one dtype
     return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)

@@ -188,7 +188,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     check_targets("linear_cross_entropy", x, targets)
-    if use_triton("linear_cross_entropy", x):
+    if use_triton("linear_cross_entropy", x, C=x.shape[1], V=weight.shape[0]):
         need_dx, need_dw = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
         return linear_cross_entropy_fwd(x, weight, targets, ignore_index, need_dx, need_dw)[0]
     return cross_entropy_eager(lm_logits(x, weight), targets, ignore_index)

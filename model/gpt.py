@@ -71,7 +71,7 @@ class GPT(nn.Module):
         at a time. For inference, in eval mode; ValueError where the cache is full or gradients are on.
         """
         x = self._embed(idx, cache)  # (B, T, C), the residual stream
-        blocks = self.transformer.h
+        blocks: list[Block] = [*self.transformer.h]  # type: ignore[list-item]  # a ModuleList does not say of what
         y = blocks[0].ln_1(x)
         for block, ln_next in zip(blocks, [*(b.ln_1 for b in blocks[1:]), self.transformer.ln_f], strict=True):
             y, x = block(y, x, ln_next, cache)

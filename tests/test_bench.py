@@ -1,22 +1,16 @@
-"""The benchmarks' own logic: turns and percentiles, reports, what the compiler is asked for, and refusals."""
+"""The benchmarks' own logic: turns and percentiles, reports, and refusals."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as command
 from bench import kernels as kernel_bench
-from bench import report, static, timing, train_step
+from bench import report, timing, train_step
 from kernels import _proof
 from kernels._registry import all_specs
 from kernels._triton import HAS_TRITON
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_calls_take_turns_and_report_percentiles(monkeypatch):
@@ -107,41 +101,3 @@ def test_without_a_gpu_one_line_says_so(name, capsys):
         command.main([name])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and "needs an NVIDIA GPU" in err and err.count("\n") == 1
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
-def test_every_kernel_is_seen_by_the_static_survey():
-    """Both passes of every kernel are written down without being run."""
-    for spec in all_specs().values():
-        names = {launch.kernel.__name__ for launch in static.launches(spec, spec.bench_cases[:1], torch.bfloat16, 90)}
-        assert any("fwd" in name for name in names) and len(names) >= 2
-
-
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
-def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    options = ["--arch", "90", "--dtype", "bfloat16", "--bench-only", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "static", *options], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = {row["kernel"]: row for row in json.loads((tmp_path / "static.json").read_text())["rows"]}
-    assert {"attention_fwd", "attention_dkv", "attention_dq", "layer_norm_bwd", "bias_gelu_bwd"} <= set(rows)
-    for row in rows.values():
-        assert row["problem"] == "" and 0 < row["registers"] <= 255 and row["wide_loads"] > 0
-    assert all(rows[name]["tensor_core"] > 0 for name in ("attention_fwd", "attention_dkv", "attention_dq"))
-
-
-def test_a_problem_is_named():
-    good = dict(
-        kernel="k", arch=90, dtype="bfloat16", config="D=64 dot", num_warps=4, registers=100, spill=0, shared=1024,
-        shared_limit=2048, tensor_core=8, wide_loads=1, blocks_per_sm=4,
-    )  # fmt: skip
-    assert static.StaticRow(**good).problem == ""
-    for change, words in (
-        ({"spill": 16}, "spills 16 bytes"),
-        ({"shared": 4096}, "needs 4096 bytes"),
-        ({"tensor_core": 0}, "missed the tensor cores"),
-        ({"error": "PTXASError: no"}, "PTXASError"),
-    ):
-        assert words in static.StaticRow(**{**good, **change}).problem

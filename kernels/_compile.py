@@ -1,0 +1,133 @@
+"""Compiling a launch without running it: for an architecture that is not in this machine, or before a first use."""
+
+import concurrent.futures
+import contextlib
+import io
+import re
+import subprocess
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._launch import Launch, record_launches
+from ._proof import evaluate
+from ._registry import Case, KernelSpec, all_specs
+
+# Launches depend on a case's widths. Of what it has rows of, a few are drawn: not one, which Triton would fold into the
+# code, and multiples of 16 where shapes that matter are.
+_ROWS = {"B": 2, "M": 48, "T": 256}
+_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.bool: "*i1",
+}  # fmt: skip
+
+
+def launches(spec: KernelSpec, cases: Iterable[Case], dtype: torch.dtype, arch: int) -> list[Launch]:
+    """The launches of forward and backward on the cases, with the launch tables of sm_<arch>; nothing runs."""
+    with record_launches(arch) as recorded:
+        for case in cases:
+            few = {name: n if name in "BM" else min(n, case[name]) for name, n in _ROWS.items() if name in case}
+            inputs = spec.inputs({**case, **few}, dtype, torch.device("cpu"))
+            outputs = evaluate(spec, inputs, None, "triton")
+            evaluate(spec, inputs, outputs, "triton")  # any incoming gradient of the right shape and dtype will do
+    return recorded
+
+
+def source(launch: Launch) -> tuple[Any, dict[str, Any]]:
+    """A launch as Triton's compiler takes it: specialised as Triton does it, so that both share one compiled file."""
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
+    for i, name in enumerate(launch.kernel.arg_names):
+        value, aligned = values[name], False
+        if launch.kernel.params[i].is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constexprs[(i,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name], aligned = _TYPES[value.dtype], value.data_ptr() % 16 == 0
+        elif type(value) is int:
+            signature[name], aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+        else:
+            signature[name] = "u1" if isinstance(value, bool) else "fp32"
+            continue
+        attrs[(i,)] = [["tt.divisibility", 16]] if aligned else []
+    options = {name: value for name, value in launch.meta.items() if name not in launch.kernel.arg_names}
+    return ASTSource(launch.kernel, signature, constexprs, attrs), options
+
+
+def unique(recorded: Iterable[Launch]) -> list[Launch]:
+    """One launch of each that compile to the same code."""
+    found: dict[Any, Launch] = {}
+    for launch in recorded:
+        src, options = source(launch)
+        found.setdefault((src.hash(), *sorted(options.items())), launch)
+    return list(found.values())
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """Triton's compiled kernel for sm_<arch>, from its cache on disk where it can; raises what it raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    src, options = source(launch)
+    with contextlib.redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints the whole program
+        return triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def unknown_to_ptxas(arch: int) -> bool:
+    """True if Triton's assembler is older than the GPU; asked first, for Triton's code generator aborts the process."""
+    from triton import knobs
+
+    ptxas = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
+    listed = subprocess.run([ptxas.path, "--help"], capture_output=True, text=True, check=True).stdout
+    return re.search(rf"\bsm_{arch}a?\b", listed) is None
+
+
+def kernel_name(launch: Launch) -> str:
+    """A kernel's name without the dressing: attention_fwd."""
+    return launch.kernel.__name__.strip("_").removesuffix("_kernel")
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line: of a compiler's many, the one that says what is wrong."""
+    if error.__cause__ is not None:  # Triton quotes the kernel around the error that it met there
+        return reason(error.__cause__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")] or [""]
+    telling = [line for line in lines if re.search(r"; error\s*:|fatal\s*:", line)] or lines[-1:]  # ptxas, else Triton
+    return f"{type(error).__name__}: {telling[0]}"[:240]
+
+
+def preflight(
+    name: str, dtype: torch.dtype, widths: dict[str, Any], arch: int, shared_limit: int, device: torch.device | None
+) -> str | None:
+    """Why operator `name` cannot run, forward or backward, in words, or None: everything compiled, nothing run.
+
+    widths: entries of a case that replace those of the first bench case. shared_limit: bytes that a block may have.
+    device: the compiled kernels are loaded there too; None where there is no GPU.
+    """
+    spec = all_specs()[name]
+    what = "its launch"
+    try:
+        if unknown_to_ptxas(arch):
+            return f"this Triton does not know sm_{arch} yet: a newer one may"
+        # In a thread of its own: no grad mode, dispatch mode, default device or trace of the caller's reaches it.
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            case = {**spec.bench_cases[0], **widths}
+            recorded = thread.submit(lambda: unique(launches(spec, [case], dtype, arch))).result()
+        for launch in recorded:
+            what = kernel_name(launch)
+            compiled = compile_launch(launch, arch)
+            if compiled.metadata.shared > shared_limit:
+                needs = f"{what} needs {compiled.metadata.shared:,} bytes of shared memory"
+                return f"{needs} and the GPU gives a block {shared_limit:,}"
+            if device is not None:
+                with torch.cuda.device(device):
+                    _ = compiled.run  # Triton loads the binary here, and builds its launcher, which takes a C compiler
+    except Exception as error:  # whatever it is, the launch would have raised it in the middle of a run
+        return f"{what} does not compile for sm_{arch}: {reason(error)}"
+    return None

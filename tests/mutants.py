@@ -1,0 +1,295 @@
+"""python tests/mutants.py: breaks every kernel by hand, one line at a time, and sees the suite turn red.
+
+A mutant that survives is a hole in the suite. Each runs in a copy of the repository of its own.
+"""
+
+import argparse
+import concurrent.futures
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("kernels", "model", "bench", "tests", "pyproject.toml")
+SUITE = ("test_kernels.py", "test_losses.py", "test_decode.py", "test_properties.py", "test_addresses.py")
+# The tests that concern a file of kernels/, as pytest's -k takes them.
+CONCERNS = {
+    "_dropout": "dropout or causal_attention or add_layer_norm",
+    "_launch": "layer_norm or gelu or rowwise",
+    "add_layer_norm": "add_layer_norm or residual or added",
+    "attention": "(attention or dropout or document or future or scores) and not decode and not layer_norm",
+    "cross_entropy": "(losses or cross_entropy) and not linear",
+    "decode_attention": "decode",
+    "gelu": "gelu or rowwise or empty_rows or float32_weights",
+    "layer_norm": "(layer_norm or rowwise or empty_rows or float32_weights) and not add_layer_norm",
+    "linear_cross_entropy": "linear or losses",
+}
+MINUTES = 15  # a mutant that still runs then is taken for one that never ends
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One wrong line. op: a file of kernels/, without its ending; old: occurs in it once; new: in its place."""
+
+    name: str
+    op: str
+    old: str
+    new: str
+
+    def applied(self, text: str) -> str:
+        """The text with the line changed. ValueError if there is not exactly one place for it."""
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} occurs {text.count(self.old)} times in kernels/{self.op}.py")
+        return text.replace(self.old, self.new)
+
+    def text(self) -> str:
+        """The changed file."""
+        return self.applied((ROOT / "kernels" / f"{self.op}.py").read_text())
+
+    @property
+    def concern(self) -> str:
+        """The tests that can see it; of a short address those of long ones alone, which others would only delay."""
+        return f"({CONCERNS[self.op]}) and addresses" if self.name.startswith("int32") else CONCERNS[self.op]
+
+
+MUTANTS = (
+    # --- attention, forward
+    Mutant("the diagonal is masked", "attention",
+           "s = tl.dot(q, k, input_precision=PRECISION)\n"
+           "        if MASKED:\n"
+           "            s = tl.where(offs_m[:, None] >= ",
+           "s = tl.dot(q, k, input_precision=PRECISION)\n"
+           "        if MASKED:\n"
+           "            s = tl.where(offs_m[:, None] > "),
+    Mutant("one key past the text", "attention",
+           "        if MASKED:\n            v = tl.load(v_ptrs, mask=(offs_n < T)[:, None]",
+           "        if MASKED:\n            v = tl.load(v_ptrs, mask=(offs_n < T + 1)[:, None]"),
+    Mutant("the sum is not rescaled", "attention", "l_i = l_i * alpha + tl.sum(p, 1)", "l_i = l_i + tl.sum(p, 1)"),
+    Mutant("no guard where no score is finite", "attention", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new"),
+    Mutant("the maximum is not scaled", "attention", "tl.max(s, 1) * qk_scale", "tl.max(s, 1)"),
+    Mutant("lse without the sum", "attention", "m_i + tl.log2(l_i), mask", "m_i, mask"),
+    Mutant("kept probabilities are not scaled up", "attention", "o = acc * (z / l_i)[:, None]",
+           "o = acc * (1.0 / l_i)[:, None]"),
+    Mutant("the document's first key is left out", "attention",
+           's = tl.where(first[:, None] <= offs_n[None, :], s, float("-inf"))\n\n        # The maximum',
+           's = tl.where(first[:, None] < offs_n[None, :], s, float("-inf"))\n\n        # The maximum'),
+    Mutant("documents begin a tile late", "attention", "tl.load(starts_ptr + row + start_m) // BLOCK_N * BLOCK_N",
+           "tl.load(starts_ptr + row + start_m) // BLOCK_N * BLOCK_N + BLOCK_N"),
+    Mutant("keys of the next head", "attention", "((H + h) * D)", "((H + (h + 1) % H) * D)"),
+    Mutant("values take the keys' place", "attention", "((2 * H + h) * D)", "((H + h) * D)"),
+    Mutant("int32 rows of the output", "attention", "o_ptrs = o_ptr + (b * T + offs_m)[:, None] * C",
+           "o_ptrs = o_ptr + (b.to(tl.int32) * T + offs_m)[:, None] * C"),
+    Mutant("int32 steps through the sequence", "attention", "tl.load(q_ptr + offs_m.to(tl.int64)[:, None] * stride_t",
+           "tl.load(q_ptr + offs_m[:, None] * stride_t"),
+    # --- attention, backward
+    Mutant("delta leaves out a column", "attention",
+           "offs_d = tl.arange(0, BLOCK_D).to(tl.int64)\n"
+           "    mask = (offs_m < T)[:, None] & (offs_d < D)[None, :]\n"
+           "    do_ptrs",
+           "offs_d = tl.arange(0, BLOCK_D).to(tl.int64)\n"
+           "    mask = (offs_m < T)[:, None] & (offs_d < D - 1)[None, :]\n"
+           "    do_ptrs"),
+    Mutant("delta in half precision", "attention", "o = tl.load(o_ptr + (b * T + offs_m)",
+           "do = do.to(tl.float16).to(tl.float32)\n    o = tl.load(o_ptr + (b * T + offs_m)"),
+    Mutant("int32 rows under delta", "attention", "tl.load(o_ptr + (b * T + offs_m)",
+           "tl.load(o_ptr + (b.to(tl.int32) * T + offs_m.to(tl.int32))"),
+    Mutant("dk without delta", "attention", "dsT = pT * (dpT - delta[None, :])", "dsT = pT * dpT"),
+    Mutant("dk without sm_scale", "attention", "(dk * sm_scale)", "dk"),
+    Mutant("dk sees the future", "attention", "sT = tl.where(offs_m[None, :] >= offs_n[:, None]",
+           "sT = tl.where(offs_m[None, :] + 1 >= offs_n[:, None]"),
+    Mutant("dv without the dropout mask", "attention", "(pT * zT).to(do.dtype)", "pT.to(do.dtype)"),
+    Mutant("dk reads one document more", "attention",
+           "end = tl.load(stops_ptr + b * T + tl.minimum(start_n + BLOCK_N, T) - 1)",
+           "end = tl.load(stops_ptr + b * T + start_n)"),
+    Mutant("dk and dv change places", "attention", "C + h * D + offs_d[None, :]\n    tl.store(dk_ptrs, (dk * sm_scale)",
+           "C + h * D + offs_d[None, :]\n    dk, dv = dv, dk\n    tl.store(dk_ptrs, (dk * sm_scale)"),
+    Mutant("dq without delta", "attention", "ds = p * (dp - delta[:, None])", "ds = p * dp"),
+    Mutant("dq 1 % too large", "attention", "(dq * sm_scale)", "(dq * 1.01 * sm_scale)"),
+    Mutant("dq drops other elements", "attention",
+           "dp = dp * tl.where(keep_tile(row_keys[:, None], column_keys[None, :], threshold), z, 0.0)",
+           "dp = dp * tl.where(keep_tile(row_keys[:, None], column_keys[None, :] + 1, threshold), z, 0.0)"),
+    Mutant("int32 rows of dq", "attention", "dq_ptrs = dqkv_ptr + (b * T + rows)[:, None] * (3 * C)",
+           "dq_ptrs = dqkv_ptr + (b * T + rows).to(tl.int32)[:, None] * (3 * C)"),
+    Mutant("int32 rows of dk", "attention", "dk_ptrs = dqkv_ptr + (b * T + keys)[:, None] * (3 * C)",
+           "dk_ptrs = dqkv_ptr + (b * T + keys).to(tl.int32)[:, None] * (3 * C)"),
+    # --- dropout
+    Mutant("the seed's upper half is lost", "_dropout", "tl.philox(seed, stream, 0, 0, 0)",
+           "tl.philox(seed.to(tl.int32), stream, 0, 0, 0)"),
+    Mutant("every head has one mask", "_dropout", "tl.philox(seed, stream, 0, 0, 0)", "tl.philox(seed, 0, 0, 0, 0)"),
+    Mutant("rows have one key", "_dropout", "_mix(row_keys ^ column_keys)", "_mix(row_keys * 0 ^ column_keys)"),
+    Mutant("the complement is kept", "_dropout", ">= threshold\n", "< threshold\n"),
+    # --- rows
+    Mutant("rows in another order", "_launch", "    return x.reshape(-1, x.shape[-1]) if",
+           "    x = x.transpose(0, -2) if x.ndim > 2 else x\n    return x.reshape(-1, x.shape[-1]) if"),
+    Mutant("the last row is not launched", "_launch", "    if 0 in grid:\n        return\n",
+           "    if 0 in grid:\n        return\n    grid = (max(1, grid[0] - 1), *grid[1:])\n"),
+    # --- layer_norm
+    Mutant("eps is dropped", "layer_norm", "tl.sqrt(tl.sum(xc * xc, 1) / N + eps)",
+           "tl.sqrt(tl.sum(xc * xc, 1) / N + 0.0 * eps)"),
+    Mutant("masked lanes hold -mean", "layer_norm", "xc = tl.where(mask_n[None, :], x - mean[:, None], 0.0)",
+           "xc = x - mean[:, None]"),
+    Mutant("statistics in half precision", "layer_norm", "mean = tl.sum(x, 1) / N",
+           "mean = (tl.sum(x, 1) / N).to(tl.float16).to(tl.float32)"),
+    Mutant("dx without the xhat term", "layer_norm", "(g - c1[:, None] - xhat * c2[:, None])", "(g - c1[:, None])"),
+    Mutant("dx without the mean of g", "layer_norm", "(g - c1[:, None] - xhat", "(g - xhat"),
+    Mutant("db sums every other row tile", "layer_norm", "        db += dy\n", "        db = dy\n"),
+    Mutant("strides swapped", "layer_norm", "dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn",
+           "dy_ptr + offs_m[:, None] * stride_dyn + offs_n[None, :] * stride_dym"),
+    Mutant("int32 rows, forward", "layer_norm", "offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M",
+           "offs_m = tl.program_id(0) * BLOCK_M"),
+    Mutant("int32 rows, backward", "layer_norm", "offs_m = pid.to(tl.int64) * BLOCK_M", "offs_m = pid * BLOCK_M"),
+    Mutant("partial sums are written to one place", "layer_norm", "db_ptr + pid.to(tl.int64) * N", "db_ptr + 0 * pid"),
+    Mutant("a store past the last row", "layer_norm", "tl.store(mean_ptr + offs_m, mean, mask=mask_m)",
+           "tl.store(mean_ptr + offs_m, mean)"),
+    # --- add_layer_norm
+    Mutant("statistics of the sum before it is rounded", "add_layer_norm", "normalize(h.to(tl.float32), mask_n",
+           "normalize(residual + x, mask_n"),
+    Mutant("dh is left out", "add_layer_norm", "        dresidual += dh\n", ""),
+    Mutant("dx is not scaled up", "add_layer_norm", "tl.where(keep, dresidual * z, 0.0)",
+           "tl.where(keep, dresidual, 0.0)"),
+    Mutant("backward drops other elements", "add_layer_norm",
+           "row_keys = dropout_keys(s0, offs_m.to(tl.int32))\n            keep",
+           "row_keys = dropout_keys(s0, offs_m.to(tl.int32) + 1)\n            keep"),
+    Mutant("the residual is read by x's stride", "add_layer_norm", "residual_ptr + offs_m[:, None] * stride_rm",
+           "residual_ptr + offs_m[:, None] * stride_xm"),
+    Mutant("the input is overwritten", "add_layer_norm", "    h = torch.empty_like(y)\n    mean",
+           "    h = residual\n    mean"),
+    Mutant("int32 rows of h", "add_layer_norm", "tl.store(h_ptr + offs_m[:, None] * N",
+           "tl.store(h_ptr + offs_m.to(tl.int32)[:, None] * N"),
+    Mutant("int32 rows of dresidual", "add_layer_norm", "dense = offs_m[:, None] * N",
+           "dense = offs_m.to(tl.int32)[:, None] * N"),
+    # --- gelu
+    Mutant("a constant of tanh, 0.1 % off", "gelu", "tl.exp2(-2.302208198144325 *", "tl.exp2(-2.3045 *"),
+    Mutant("the gradient of tanh without h^2", "gelu", " + 0.2140644488 * h * h)", ")"),
+    Mutant("erf without its factor", "gelu", "return 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))",
+           "return 0.5 * h * (1.0 + tl.erf(h))"),
+    Mutant("the gradient of erf without phi", "gelu",
+           " + h * 0.3989422804014327 * tl.exp2(-0.7213475204444817 * h * h)", ""),
+    Mutant("the bias is not added again", "gelu", "            h += b[None, :]\n",
+           "            h += 0.0 * b[None, :]\n"),
+    Mutant("the last column is not written", "gelu", "mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]\n    h =",
+           "mask = (offs_m < M)[:, None] & (offs_n < N - 1)[None, :]\n    h ="),
+    Mutant("columns in half the tile", "gelu", "(offs_m < M)[:, None] & mask_n[None, :]",
+           "(offs_m < M)[:, None] & (mask_n & (offs_n % BLOCK_N < BLOCK_N // 2))[None, :]"),
+    Mutant("int32 rows of y", "gelu", "tl.store(y_ptr + offs_m[:, None] * N",
+           "tl.store(y_ptr + offs_m.to(tl.int32)[:, None] * N"),
+    Mutant("int32 rows of dx", "gelu", "tl.store(dx_ptr + offs_m[:, None] * N",
+           "tl.store(dx_ptr + offs_m.to(tl.int32)[:, None] * N"),
+    # --- cross_entropy
+    Mutant("the sum is not rescaled", "cross_entropy", "l_i * tl.exp(m_i - m_safe) + tl.sum", "l_i + tl.sum"),
+    Mutant("no guard where no logit is finite", "cross_entropy", 'tl.where(m_new == float("-inf"), 0.0, m_new)',
+           "m_new"),
+    Mutant("lanes past V count", "cross_entropy", 'tl.where((offs_v < V)[None, :], x, float("-inf"))', "x"),
+    Mutant("ignored rows have a loss", "cross_entropy", "loss = tl.where(ignored, 0.0,",
+           "loss = tl.where(ignored, 1.0,"),
+    Mutant("ignored rows have a gradient", "cross_entropy", "dx = tl.where(ignored[:, None], 0.0, dx)", "dx = dx"),
+    Mutant("the class before the target", "cross_entropy", "tl.where(offs_v[None, :] == t[:, None], 1.0, 0.0)",
+           "tl.where(offs_v[None, :] + 1 == t[:, None], 1.0, 0.0)"),
+    Mutant("the mean over all rows", "cross_entropy", "return (targets != ignore_index).sum()",
+           "return (targets == targets).sum()"),
+    Mutant("the incoming gradient is forgotten", "cross_entropy", "scale = dloss / target_count",
+           "scale = 1.0 / target_count"),
+    Mutant("a target beyond the row is read", "cross_entropy", "is_class = (t >= 0) & (t < V)",
+           "is_class = t < V + 2**40"),
+    Mutant("int32 rows of dlogits", "cross_entropy", "dx_ptr + offs_m * V", "dx_ptr + offs_m.to(tl.int32) * V"),
+    # --- linear_cross_entropy
+    Mutant("the last chunk is forgotten", "linear_cross_entropy", "for start in range(0, M, rows):",
+           "for start in range(0, max(rows, M // rows * rows), rows):"),
+    Mutant("dw of the last chunk alone", "linear_cross_entropy", "out.addmm_(a.float(), b.float())",
+           "out.zero_().addmm_(a.float(), b.float())"),
+    Mutant("dw begins with what was there", "linear_cross_entropy", "device=x.device).zero_()", "device=x.device)"),
+    Mutant("targets of the first chunk", "linear_cross_entropy", "g, targets[chunk], losses[chunk]",
+           "g, targets[: chunk.stop - chunk.start], losses[chunk]"),
+    Mutant("no division by the count", "linear_cross_entropy",
+           "scale = dloss / target_count(targets, ignore_index).clamp(min=1)", "scale = dloss.clone()"),
+    Mutant("float16 under 1 / count", "linear_cross_entropy", "* tl.load(scale_ptr)\n",
+           "* tl.load(scale_ptr).to(y_ptr.dtype.element_ty).to(tl.float32)\n"),
+    Mutant("int32 elements of dw", "linear_cross_entropy", "offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N",
+           "offs_n = tl.program_id(0) * BLOCK_N"),
+    # --- decode_attention
+    Mutant("one key less", "decode_attention", "stop = tl.minimum(start + share, length)",
+           "stop = tl.minimum(start + share, length - 1)"),
+    Mutant("one key more", "decode_attention", "stop = tl.minimum(start + share, length)",
+           "stop = tl.minimum(start + share, length + 1)"),
+    Mutant("splits overlap by a key", "decode_attention", "    start = split * share\n",
+           "    start = tl.maximum(split * share - 1, 0)\n"),
+    Mutant("parts weigh the same", "decode_attention", 'weight = tl.exp2(m_i - tl.where(m == float("-inf"), 0.0, m))',
+           'weight = tl.where(m_i == float("-inf"), 0.0, 1.0)'),
+    Mutant("the output is not rescaled", "decode_attention", "acc = acc * alpha[:, None] + p", "acc = acc + p"),
+    Mutant("lengths are read without their stride", "decode_attention", "lengths_ptr + b * stride_l",
+           "lengths_ptr + b"),
+    Mutant("values by the keys' stride", "decode_attention", "v_ptr + rows[:, None] * stride_vs",
+           "v_ptr + rows[:, None] * stride_ks"),
+    Mutant("int32 rows of the cache", "decode_attention", "rows = offs_n.to(tl.int64)", "rows = offs_n"),
+    Mutant("int32 batches and heads", "decode_attention", "b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)",
+           "b, h = bh // H, bh % H"),
+)  # fmt: skip
+
+
+def _pytest(folder: Path, concern: str) -> tuple[int | None, str]:
+    """Exit code, None where the time ran out, and the line that says which test failed."""
+    files = [f"tests/{name}" for name in SUITE]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files, "-k", concern]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60 * MINUTES)
+    except subprocess.TimeoutExpired:
+        return None, f"still running after {MINUTES} minutes"
+    lines = (done.stdout + done.stderr).splitlines()
+    failed = [line.split(" ")[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return done.returncode, (failed or lines[-1:] or [""])[0].removeprefix("tests/")
+
+
+def _run(mutant: Mutant | None, op: str) -> tuple[bool, str, float]:
+    """(red, by what, seconds) of the tests that concern a file, in a copy with the mutant; None: as it is."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
+        folder = Path(name)
+        for part in COPIED:
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / part, folder)
+        if mutant is not None:
+            (folder / "kernels" / f"{op}.py").write_text(mutant.text())
+        code, what = _pytest(folder, CONCERNS[op] if mutant is None else mutant.concern)
+    # A crash or an endless loop is red too; a file that does not import, or no test at all, proves nothing.
+    if code not in (None, 0, 1) and code > 0:
+        raise RuntimeError(f"{mutant.name if mutant else 'unchanged'}: pytest ended with {code}: {what}")
+    return code != 0, what if code is None or code >= 0 else f"a crash, signal {-code}", time.perf_counter() - started
+
+
+def main() -> int:
+    """The command line; returns the exit code: 1 if a mutant survives or the suite is red without one."""
+    parser = argparse.ArgumentParser(prog="python tests/mutants.py", description=__doc__)
+    parser.add_argument("--op", nargs="+", choices=list(CONCERNS), default=list(CONCERNS), help="files to break")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="mutants at a time (default: 2)")
+    args = parser.parse_args()
+    mutants = [mutant for mutant in MUTANTS if mutant.op in args.op]
+    killed = 0
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            unchanged = {op: pool.submit(_run, None, op) for op in args.op}
+            runs = [pool.submit(_run, mutant, mutant.op) for mutant in mutants]
+            for op, run in unchanged.items():
+                red, what, seconds = run.result()
+                print(f"{op:<21} {'unchanged':<43} {what if red else 'green'} {seconds:.0f} s", flush=True)
+                if red:
+                    raise RuntimeError(f"the suite is red without a mutant in kernels/{op}.py")
+            for mutant, run in zip(mutants, runs, strict=True):
+                red, what, seconds = run.result()
+                killed += red
+                print(f"{mutant.op:<21} {mutant.name:<43} {what if red else 'SURVIVED'} {seconds:.0f} s", flush=True)
+        except (RuntimeError, ValueError, KeyboardInterrupt) as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
+            return 2
+    print(f"{killed} of {len(mutants)} killed")
+    return 0 if killed == len(mutants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Addresses of 2^31 elements and more: inputs whose strides reach that far, and outputs that are that large.
+
+The memory is mapped and hardly touched. On a CPU the interpreter runs the last programs of a large grid, no others.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+from conftest import HAS_CUDA
+
+from kernels._proof import compare, evaluate, incoming_gradients, prove
+from kernels._registry import all_specs
+from kernels._triton import HAS_TRITON
+
+if HAS_TRITON:
+    from triton.runtime import interpreter
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
+
+SPECS = all_specs()
+FAR = 2**31
+empty = torch.empty  # as it is outside the tests that replace it
+
+
+def _mapped(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A vector of zeros. FAR more lie before it, so that an address which wrapped gives wrong numbers and no crash."""
+    try:
+        if device.type == "cuda":
+            return torch.zeros(FAR + numel, dtype=dtype, device=device)[FAR:]
+        # Pages of an anonymous file are made when touched, whatever the machine promises of its memory.
+        with os.fdopen(os.memfd_create("tensor"), "wb") as file:
+            file.truncate((FAR + numel) * dtype.itemsize)
+            return torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=FAR + numel, dtype=dtype)[FAR:]
+    except (OSError, RuntimeError) as error:
+        pytest.skip(f"needs {(FAR + numel) * dtype.itemsize / 2**30:.0f} GiB of memory to be mapped: {error}")
+
+
+def _far(t: torch.Tensor, dim: int, stride: int | None = None) -> torch.Tensor:
+    """The same numbers with a stride in a dimension that takes its last one FAR elements from the first, or as given.
+
+    t itself where it has no such dimension or that is of length 1.
+    """
+    if t.ndim < -dim or t.shape[dim] < 2:
+        return t
+    steps = t.shape[dim] - 1
+    stride = stride or -(-FAR // steps)
+    strides = list(torch.empty(t.select(dim, 0).shape, device="meta").stride())
+    strides.insert(dim % t.ndim, stride)
+    return _mapped(stride * steps + t.numel(), t.dtype, t.device).as_strided(t.shape, strides).copy_(t)
+
+
+@pytest.mark.parametrize("dim", [-1, -2, -3, -4])
+@pytest.mark.parametrize("name", SPECS)
+def test_inputs_reach_far(name, dim, device):
+    """Every input and incoming gradient, along each of its dimensions."""
+    for case in SPECS[name].cases[:3]:
+        for row in prove(SPECS[name], case, torch.float16, device, layout=lambda t: _far(t, dim)):
+            assert row.passed, f"{row.name}: error {row.error:.3e} > allowed {row.allowed:.3e} on {case}"
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="needs memory that takes no room until it is touched, a CPU's")
+@pytest.mark.parametrize("name", SPECS)
+def test_a_tile_of_rows_reaches_far(name, device):
+    """A stride that is an int32 still, and not when it is multiplied by the rows of a tile."""
+    case = SPECS[name].cases[0]
+    for row in prove(SPECS[name], case, torch.float16, device, layout=lambda t: _far(t, -2, 2**30)):
+        assert row.passed, f"{row.name}: error {row.error:.3e} > allowed {row.allowed:.3e} on {case}"
+
+
+# Name -> a case of one row, its name for the rows, and how many of them are more than 2^31 elements, the last tile
+# ragged and in the last program of the backward kernels, which walk the rows in steps of their grid.
+LARGE = {
+    "layer_norm": ({"M": 1, "N": 512}, 2**22 + 2**19 - 1),
+    "add_layer_norm": ({"M": 1, "N": 512, "dropout_p": 0.0}, 2**22 + 2**19 - 1),
+    "bias_gelu": ({"M": 1, "N": 512}, 2**22 + 2**19 - 1),
+    "causal_attention": ({"B": 1, "H": 1, "T": 16, "D": 256}, 2**19 + 1),
+    "cross_entropy": ({"M": 1, "V": 50257}, 2**31 // 50257 + 3),
+}
+
+
+@pytest.fixture
+def large_outputs(monkeypatch):
+    """Large tensors are mapped, kernels run the last programs of their grid, row loops are short. None on a GPU."""
+    if HAS_CUDA:
+        return
+
+    def mapped(*shape, dtype, device):
+        size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
+        large = size.numel() >= FAR
+        return _mapped(size.numel(), dtype, device).view(size) if large else empty(size, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "empty", mapped)
+    monkeypatch.setattr(torch, "empty_like", lambda t: mapped(*t.shape, dtype=t.dtype, device=t.device))
+    # The interpreter walks each dimension of a grid by range(n).
+    last = lambda *bounds: range(*bounds)[-4:] if len(bounds) == 1 else range(*bounds)  # noqa: E731
+    monkeypatch.setattr(interpreter, "range", last, raising=False)
+    for name in LARGE:
+        monkeypatch.setattr(sys.modules[SPECS[name].fn.__module__], "sm_count", lambda device: 2**13, raising=False)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_last_rows_of_large_outputs(name, device, large_outputs):
+    """All rows are one row, read with stride 0; the last one written is what eager makes of it."""
+    spec, (case, rows) = SPECS[name], LARGE[name]
+    inputs = spec.inputs(case, torch.float16, device)
+    dy = incoming_gradients(spec, inputs, seed=1)
+    exact = {
+        key: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for key, t in inputs.items()
+    }
+    truth = evaluate(spec, exact, {key: t.double() for key, t in dy.items()}, "eager")
+    eager = evaluate(spec, inputs, dy, "eager")
+
+    def repeated(t):
+        return t.expand(rows, *t.shape[1:]) if isinstance(t, torch.Tensor) and t.ndim and len(t) == 1 else t
+
+    # the mean of a loss takes 1 / rows of each gradient
+    incoming = {key: repeated(t) if t.ndim else t * rows for key, t in dy.items()}
+    got = evaluate(spec, {key: repeated(t) for key, t in inputs.items()}, incoming, "triton")
+    checked = [key for key in got if got[key].numel() >= FAR]
+    assert checked
+    for key in checked:
+        row = compare(name, case, key, got[key][-1:], eager[key], truth[key], gradient=key not in spec.outputs)
+        assert row.passed, f"{key}: error {row.error:.3e} > allowed {row.allowed:.3e}"
+
+
+def test_the_last_elements_of_a_large_gradient_of_linear_cross_entropy(device, large_outputs):
+    """Its backward pass scales what the forward pass left: here two targets, so by half of what arrives."""
+    module = sys.modules[SPECS["linear_cross_entropy"].fn.__module__]
+    dx = _mapped(FAR + 3, torch.float16, device)
+    dx[-5:] = torch.arange(5)
+    targets, none = torch.tensor([0, 0], device=device), torch.zeros(0, device=device)
+    scaled, _ = module.linear_cross_entropy_bwd(torch.tensor(3.0, device=device), targets, -100, dx, none)
+    assert scaled[-5:].tolist() == [0.0, 1.5, 3.0, 4.5, 6.0]

@@ -1,0 +1,110 @@
+"""The decision between Triton and eager, on a GPU that is only claimed: every reason, said once, and no cost twice."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels import _compile, _dispatch, use_backend
+from kernels._launch import record_launches
+
+X = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+H100 = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=232448)
+
+
+@pytest.fixture
+def preflights(monkeypatch):
+    """A machine with one H100; what the preflight is asked. `answer` is what it says."""
+    asked = []
+
+    def preflight(name, dtype, widths, arch, shared_limit, device):
+        asked.append((name, dtype, widths, arch, shared_limit, device))
+        return preflight.answer
+
+    preflight.answer, preflight.asked = None, asked
+    monkeypatch.setattr(_dispatch, "INTERPRET", False)
+    monkeypatch.setattr(_dispatch, "HAS_TRITON", True)
+    monkeypatch.setattr(_dispatch, "_warned", set())
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: H100)
+    monkeypatch.setattr(_compile, "preflight", preflight)
+    forget = _dispatch.kernel_problem.cache_clear
+    forget()
+    yield preflight
+    forget()
+
+
+def test_a_kernel_is_tried_once_for_its_widths(preflights):
+    assert all(_dispatch.use_triton("op", X, N=768) for _ in range(3))
+    assert preflights.asked == [("op", torch.bfloat16, {"N": 768}, 90, 232448, X.device)]
+    other = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), dtype=torch.float16)
+    assert _dispatch.use_triton("op", X, N=33) and _dispatch.use_triton("op", other, N=768)
+    assert [(a[1], a[2]["N"], a[5].index) for a in preflights.asked[1:]] == [
+        (torch.bfloat16, 33, 0), (torch.float16, 768, 1),
+    ]  # fmt: skip
+
+
+def test_auto_says_once_why_it_runs_eagerly(preflights):
+    preflights.answer = "op_fwd needs 300,000 bytes"
+    with pytest.warns(RuntimeWarning, match="op runs eagerly: op_fwd needs 300,000 bytes") as caught:
+        assert [_dispatch.use_triton("op", X, N=768) for _ in range(3)] == [False] * 3
+    assert len(caught) == 1 and len(preflights.asked) == 1
+
+
+def test_triton_refuses_in_the_same_words(preflights):
+    preflights.answer = "op_fwd needs 300,000 bytes"
+    with use_backend("triton"), pytest.raises(RuntimeError, match="but op_fwd needs 300,000 bytes; use 'auto'"):
+        _dispatch.use_triton("op", X, N=768)
+
+
+@pytest.mark.parametrize(
+    "x, unsupported, words",
+    [
+        (X, "rows are too long", "rows are too long"),
+        (SimpleNamespace(**{**vars(X), "dtype": torch.float64}), None, "not torch.float64"),
+    ],
+)
+def test_what_a_kernel_cannot_take_is_not_compiled(x, unsupported, words, preflights):
+    with pytest.warns(RuntimeWarning, match=words):
+        assert not _dispatch.use_triton("op", x, unsupported, N=768)
+    assert not preflights.asked
+
+
+def test_a_gpu_that_is_too_old_is_not_compiled_for(preflights, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
+    with pytest.warns(RuntimeWarning, match=r"capability 7\.5"):
+        assert not _dispatch.use_triton("op", X, N=768)
+    assert not preflights.asked
+
+
+def test_no_preflight_where_nothing_is_compiled(preflights, monkeypatch):
+    cpu = SimpleNamespace(is_cuda=False, device=torch.device("cpu"), dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not _dispatch.use_triton("op", cpu, N=768)
+        with use_backend("eager"):
+            assert not _dispatch.use_triton("op", X, N=768)
+        with use_backend("triton"), record_launches(90):
+            assert _dispatch.use_triton("op", cpu, N=768)
+        monkeypatch.setattr(_dispatch, "INTERPRET", True)
+        with use_backend("triton"):
+            assert _dispatch.use_triton("op", cpu, N=768)
+    assert not preflights.asked
+
+
+def test_a_compiled_graph_asks_while_it_is_traced(preflights, monkeypatch):
+    """No graph break; a width that has become a symbol is asked about as the number that it is."""
+    asked = []
+    monkeypatch.setattr(_dispatch, "device_problem", lambda *args: None)
+    monkeypatch.setattr(_dispatch, "kernel_problem", lambda name, dtype, index, **widths: asked.append(widths))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def fn(x):
+        return x + 1 if _dispatch.use_triton("op", x, N=x.shape[-1], rate=0.5) else x
+
+    with use_backend("triton"):
+        for n in (8, 9, 10):
+            assert torch.equal(fn(torch.ones(3, n)), torch.full((3, n), 2.0))
+    assert asked == [{"N": n, "rate": 0.5} for n in (8, 9, 10)] and all(type(w["N"]) is int for w in asked)
