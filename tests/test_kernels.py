@@ -154,6 +154,43 @@ def test_empty_attention(B, T, device):
         assert y.shape == (B, T, 8) and qkv.grad.shape == qkv.shape
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row_and_is_as_eager_has_it(bad, device):
+    x, residual = torch.randn(2, 5, 40, device=device)
+    x[2, 7] = bad
+    w, b = torch.randn(2, 40, device=device)
+    dy = torch.randn(5, 40, device=device)
+    fns = [
+        lambda t: layer_norm(t, w, b),
+        lambda t: add_layer_norm(t, residual, w, b)[0],
+        lambda t: bias_gelu(t, b),
+    ]
+    if bad != float("inf"):  # there PyTorch itself says NaN for 40 elements and inf for one
+        fns.append(lambda t: bias_gelu(t, b, approximate="none"))
+    for fn in fns:
+        results = []
+        for backend in ("eager", "triton"):
+            leaf = x.clone().requires_grad_()
+            with use_backend(backend):
+                y = fn(leaf)
+                results.append((y.detach(), *torch.autograd.grad(y, leaf, dy)))
+        for expected, got in zip(*results, strict=True):
+            assert got[[0, 1, 3, 4]].isfinite().all()
+            torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["query", "key"])
+def test_a_query_or_key_that_is_nan_spoils_what_sees_it_and_nothing_else(part, device):
+    T, D = 150, 16
+    qkv = torch.randn(1, T, 3 * D, device=device)
+    qkv[:, 90, D * (part == "key")] = float("nan")
+    spoilt = torch.zeros(T, dtype=torch.bool, device=device)
+    spoilt[90 : 91 if part == "query" else T] = True
+    for backend in ("eager", "triton"):
+        with use_backend(backend):
+            assert torch.equal(causal_attention(qkv, 1)[0].isnan().any(-1), spoilt), backend
+
+
 def test_float32_weights_beside_float16_activations(device):
     """GPT keeps its parameters in float32: the kernels read them as they are, their gradients come back in float32."""
     x = torch.randn(6, 40, device=device, dtype=torch.float16, requires_grad=True)
