@@ -27,7 +27,14 @@ SHORTER = {
     "python -m bench static": ["--op", "bias_gelu", "--bench-only"],
     "python -m bench train": ["--batch", "1", "--context", "8", "--seconds", "0.01"],
 }
-MAKE = {"make train": "python train.py", "make test": "python -m pytest", "make gpu": "python -m bench gpu"}
+MAKE = {
+    "make train": "python train.py",
+    "make test": "python -m pytest",
+    "make gpu": "python -m bench gpu",
+    "make static": "python -m bench static",
+    "make fuzz": "python -m pytest -q -m long tests/test_properties.py",
+    "make mutants": "python tests/mutants.py",
+}
 
 
 def _run(argv, cwd):
