@@ -509,7 +509,8 @@ def attention_dropout_mask(
     return keep_mask(seed_tensor(seed, bh.device), dropout_p, T, T, bh)
 
 
-def _unsupported(head_dim: int) -> str | None:
+def head_too_wide(head_dim: int) -> str | None:
+    """Why heads of this size do not fit the kernels, in words, or None where they do."""
     return f"the head size {head_dim} is larger than the kernel's {MAX_HEAD_DIM}" if head_dim > MAX_HEAD_DIM else None
 
 
@@ -549,7 +550,7 @@ def causal_attention(
             f"causal_attention: documents must be integers of {tuple(qkv.shape[:2])}, got {documents.dtype} "
             f"{tuple(documents.shape)}"
         )
-    if use_triton("causal_attention", qkv, _unsupported(D), H=n_head, D=D, dropout_p=0.5 if dropout_p else 0.0):
+    if use_triton("causal_attention", qkv, head_too_wide(D), H=n_head, D=D, dropout_p=0.5 if dropout_p else 0.0):
         seed = seed_tensor(seed, qkv.device) if dropout_p else None
         return attention_fwd(qkv, seed, documents, n_head, dropout_p, sm_scale)[0]
     return _eager(qkv, n_head, dropout_p, seed, sm_scale, documents)

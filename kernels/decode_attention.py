@@ -29,7 +29,7 @@ from ._dispatch import use_triton
 from ._launch import launch, sm_count
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
-from .attention import MAX_HEAD_DIM
+from .attention import head_too_wide
 
 MAX_SPLITS = 32  # one program puts them together, in registers
 _PROGRAMS_PER_SM = 8  # of 128 threads each: enough loads in flight to keep the memory busy
@@ -165,10 +165,6 @@ def _eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tens
     return o.where(lengths[:, None, None] > 0, 0.0)  # not every backend of it gives zeros where all is masked
 
 
-def _unsupported(head_dim: int) -> str | None:
-    return f"the head size {head_dim} is larger than the kernel's {MAX_HEAD_DIM}" if head_dim > MAX_HEAD_DIM else None
-
-
 def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """softmax(q . k / sqrt(D)) v of one query per sequence and head, over the first `length` places of its cache.
 
@@ -193,7 +189,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
         raise ValueError(
             f"decode_attention: lengths must be ({B},) int64 or int32, got {tuple(lengths.shape)} {lengths.dtype}"
         )
-    if use_triton("decode_attention", q, _unsupported(D), H=H, D=D, S=k_cache.shape[2]):
+    if use_triton("decode_attention", q, head_too_wide(D), H=H, D=D, S=k_cache.shape[2]):
         return decode_attention_fwd(q, k_cache, v_cache, lengths)
     return _eager(q, k_cache, v_cache, lengths)
 

@@ -56,8 +56,7 @@ def test_a_training_step_of_gpt2_with_two_layers(device):
     _assert_proved(dataclasses.replace(PRESETS["gpt2"], n_layer=2), torch.float32, device, B=1, T=12)
 
 
-def test_dropout_of_both_paths_is_one_law(device):
-    """In training mode the kernels drop what the config says: all of a block's update at most, the stream never."""
+def test_the_kernels_drop_in_training_mode_only(device):
     config = dataclasses.replace(SMALL, resid_pdrop=0.5, attn_pdrop=0.3, embd_pdrop=0.0)
     model = GPT(config).to(device).train()
     idx = torch.randint(61, (1, 20), device=device)
