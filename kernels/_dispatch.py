@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 from ._launch import recording
+from ._registry import all_specs
 from ._triton import HAS_TRITON, INTERPRET
 
 Backend = Literal["auto", "triton", "eager"]
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)  # Triton's own lower bound; bfloat16 tensor cores start there too
 
-# A plain module global, not a ContextVar: torch.compile guards on it and recompiles when it changes.
+# Plain module globals, not ContextVars: torch.compile guards on them and recompiles when they change.
 _backend: Backend = "auto"
+_operators: dict[str, Backend] = {}  # those that have a backend of their own
 _warned: set[str] = set()
 
 
 @contextlib.contextmanager
-def use_backend(backend: Backend) -> Iterator[None]:
+def use_backend(backend: Backend, **operators: Backend) -> Iterator[None]:
     """Chooses how the functions of this package run, inside a ``with`` block.
 
     - ``"auto"`` (the default outside any block): Triton on a CUDA device that it supports, else eager PyTorch. What
@@ -31,16 +33,23 @@ def use_backend(backend: Backend) -> Iterator[None]:
       before this package was imported.
     - ``"eager"``: PyTorch's functional operators under ordinary autograd.
 
+    operators: a backend of its own for an operator by name, such as ``causal_attention="eager"``: what one kernel
+    brings, or whether it is the one to blame. ValueError for a name or a backend that does not exist.
+
     The choice is global to the process, not per thread.
     """
-    global _backend
-    if backend not in get_args(Backend):
-        raise ValueError(f"unknown backend {backend!r}: use one of {', '.join(map(repr, get_args(Backend)))}")
-    previous, _backend = _backend, backend
+    global _backend, _operators
+    for choice in (backend, *operators.values()):
+        if choice not in get_args(Backend):
+            raise ValueError(f"unknown backend {choice!r}: use one of {', '.join(map(repr, get_args(Backend)))}")
+    if unknown := sorted(operators.keys() - (all_specs().keys() if operators else set())):
+        raise ValueError(f"there is no operator {unknown[0]!r}: choose from {', '.join(all_specs())}")
+    previous = _backend, _operators
+    _backend, _operators = backend, operators
     try:
         yield
     finally:
-        _backend = previous
+        _backend, _operators = previous
 
 
 def current_backend() -> Backend:
@@ -104,7 +113,8 @@ def use_triton(name: str, x: Tensor, unsupported: str | None = None, **widths: A
     widths: what its launches depend on, as entries of a case of its KernelSpec. Before the first use with them
     everything that forward and backward will launch is compiled: what would fail is known before it does.
     """
-    if _backend == "eager" or (_backend == "auto" and not x.is_cuda):
+    backend = _operators.get(name, _backend)
+    if backend == "eager" or (backend == "auto" and not x.is_cuda):
         return False
     problem = unsupported if recording() else _device_problem_traced(x.device.type, x.device.index) or unsupported
     if problem is None and x.dtype not in TRITON_DTYPES:
@@ -115,7 +125,7 @@ def use_triton(name: str, x: Tensor, unsupported: str | None = None, **widths: A
         problem = _kernel_problem_traced(name, x.dtype, x.device.index, **widths)
     if problem is None:
         return True
-    if _backend == "triton":
+    if backend == "triton":
         raise RuntimeError(f"{name}: backend 'triton' was asked for, but {problem}; use 'auto' or 'eager'")
     _warn_once(f"{name} runs eagerly: {problem}")
     return False

@@ -108,3 +108,36 @@ def test_a_compiled_graph_asks_while_it_is_traced(preflights, monkeypatch):
         for n in (8, 9, 10):
             assert torch.equal(fn(torch.ones(3, n)), torch.full((3, n), 2.0))
     assert asked == [{"N": n, "rate": 0.5} for n in (8, 9, 10)] and all(type(w["N"]) is int for w in asked)
+
+
+def test_an_operator_may_have_a_backend_of_its_own(preflights):
+    with use_backend("eager", layer_norm="triton"):
+        assert _dispatch.use_triton("layer_norm", X, N=768) and not _dispatch.use_triton("bias_gelu", X, N=768)
+        with use_backend("triton", bias_gelu="eager"):  # the innermost block alone counts
+            assert _dispatch.use_triton("layer_norm", X, N=768) and not _dispatch.use_triton("bias_gelu", X, N=768)
+        assert not _dispatch.use_triton("bias_gelu", X, N=768)
+    assert _dispatch.use_triton("bias_gelu", X, N=768)
+
+
+@pytest.mark.parametrize(
+    "operators, words",
+    [({"layernorm": "triton"}, "no operator 'layernorm': choose from add_layer_norm"),
+     ({"layer_norm": "cuda"}, "unknown backend 'cuda'")],
+)  # fmt: skip
+def test_an_unknown_operator_or_backend_is_refused(operators, words):
+    with pytest.raises(ValueError, match=words), use_backend("auto", **operators):
+        pass
+    assert _dispatch._operators == {}
+
+
+def test_a_compiled_function_follows_the_operator(monkeypatch):
+    def f(x):
+        return torch.ones(()) if _dispatch.use_triton("bias_gelu", x) else torch.zeros(())
+
+    compiled = torch.compile(f, backend="eager", fullgraph=True)
+    x = torch.randn(3)
+    answers = []
+    for choice in ({}, {"bias_gelu": "triton"}, {"layer_norm": "triton"}):
+        with use_backend("eager", **choice):
+            answers.append(float(compiled(x)))
+    assert answers == [0.0, 1.0, 0.0]
