@@ -1,8 +1,11 @@
-"""python -m bench: measure the kernels and the training step on this machine, or read what the kernels compile to."""
+"""python -m bench: measure kernels, training and generation on this machine, and compare reports of it."""
 
+import datetime
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,36 +13,42 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from bench import compare as comparison
+from bench import generate, gpu, memory, peers, report, roofline, static, timing, train_step
 from bench import kernels as kernel_bench
-from bench import report, static, train_step
-from kernels import __main__ as kernels_command
+from bench.record import CONTROL, Report, Row, commit_info, machine_info
 from kernels._dispatch import device_problem
 from kernels._registry import all_specs
 from model import cli
 from model.config import PRESETS
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+Mode = Literal["forward", "backward", "both"]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Every kernel on its bench cases beside PyTorch's operator, eager and compiled."""
+    """Every kernel on its bench cases beside PyTorch's operators and those of other libraries."""
 
     op: tuple[str, ...] = ()
     """Kernels to time; all of them where none is named."""
-    dtype: tuple[Dtype, ...] = ("bfloat16",)
-    """Precisions to time."""
+    dtype: tuple[Dtype, ...] = ()
+    """Precisions; bfloat16 on a GPU and float32 on a CPU where none is named."""
+    mode: tuple[Mode, ...] = ("forward", "backward", "both")
+    """Passes to time."""
+    provider: tuple[str, ...] = ()
+    """Who is timed, "eager" for instance; all that run here where none is named."""
     seconds: float = 0.5
-    """Time spent on each provider of a case."""
+    """Time spent on each provider of a case, mode and clock, or 50 rounds of it."""
     quick: bool = False
     """Only the first bench case of each kernel."""
     out: Path | None = None
-    """Folder for the report, kernels.json; none is written where it is left out."""
+    """Report to write, such as runs/kernels.json; none is written where it is left out."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """Whole training steps: eager, compiled, and with our kernels."""
+    """Whole training steps, from plain attention in eager PyTorch to everything on, beside Hugging Face's model."""
 
     preset: str = "gpt2"
     """Model preset."""
@@ -47,12 +56,58 @@ class Train:
     """Sequences a step."""
     context: int | None = None
     """Tokens a sequence; the preset's own length where it is left out."""
+    dtype: Dtype | None = None
+    """Precision of the activations; bfloat16 on a GPU and float32 on a CPU where it is left out."""
+    vocab_size: int | None = None
+    """Tokens that the model knows; the preset's where it is left out."""
+    bias: bool = True
+    """Biases in linear layers and LayerNorm, as GPT-2 has them."""
+    provider: tuple[str, ...] = ()
+    """Who is timed; all that run here where none is named."""
+    nanogpt: Path | None = None
+    """Folder of a nanoGPT checkout, to be timed in the same rounds."""
+    seconds: float = 5.0
+    """Time spent on each provider, or 50 rounds of it."""
+    out: Path | None = None
+    """Report to write; none is written where it is left out."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Tokens a second of reading a prompt and of writing on, beside Hugging Face's generate."""
+
+    preset: str = "gpt2"
+    """Model preset; its weights are random, the same for all."""
+    batch: tuple[int, ...] = (1, 8, 64)
+    """Sequences at a time."""
+    prompt: int = 512
+    """Tokens of the prompt."""
+    tokens: int = 64
+    """Tokens that are written."""
+    dtype: Dtype | None = None
+    """Precision; bfloat16 on a GPU and float32 on a CPU where it is left out."""
+    provider: tuple[str, ...] = ()
+    """Who is timed; all that run here where none is named."""
+    seconds: float = 5.0
+    """Time spent on each provider, or 50 rounds of it."""
+    out: Path | None = None
+    """Report to write; none is written where it is left out."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a training step needs, predicted and measured, and the largest batch that fits common cards."""
+
+    preset: str = "gpt2"
+    """Model preset."""
+    batch: tuple[int, ...] = (4, 16, 32, 64)
+    """Sequences a step."""
+    context: int | None = None
+    """Tokens a sequence; the preset's own length where it is left out."""
     dtype: Dtype = "bfloat16"
     """Precision of the activations."""
-    seconds: float = 5.0
-    """Time spent on each provider."""
     out: Path | None = None
-    """Folder for the report, train.json; none is written where it is left out."""
+    """Report to write; none is written where it is left out."""
 
 
 @dataclass(frozen=True)
@@ -68,121 +123,295 @@ class Static:
     bench_only: bool = False
     """Only the shapes of the benchmarks, not those of the tests."""
     out: Path | None = None
-    """Folder for the report, static.json; none is written where it is left out."""
+    """JSON file to write; none is written where it is left out."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Proof and measurements on this machine's GPU, in one folder: what `make gpu` runs."""
+    """Proof and measurements on this machine's GPU inside a budget, in one folder: what `make gpu` runs."""
 
-    out: Path = Path("runs/gpu")
-    """Folder for the reports: kernels.json, train.json, environment.json."""
-    quick: bool = False
-    """One case a kernel and one batch size."""
+    minutes: float = 8.0
+    """What is left out to keep it is named, the least important first."""
+    out: Path | None = None
+    """Folder for report.json, report.md, report.html and check.json; runs/gpu-<date>-<time> where it is left out."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Reports as Markdown, on standard output or, beside one self-contained HTML page, in a folder."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """Reports, or folders that hold some."""
+    out: Path | None = None
+    """Folder for report.md and report.html."""
+    readme: Path | None = None
+    """Markdown file whose tables between <!-- bench ... --> markers are written anew."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What got slower, faster or fatter from one report to another. Exit code 1 if anything is worse."""
+
+    a: tyro.conf.Positional[Path]
+    """The report before; a file of pytest-benchmark will do."""
+    b: tyro.conf.Positional[Path]
+    """The report after."""
+    threshold: float = 5.0
+    """Smallest change of time that counts, in percent."""
+    provider: tuple[str, ...] = ()
+    """Only these; all of them where none is named."""
+    across_devices: bool = False
+    """Compare reports of different devices all the same."""
 
 
 Command = (
     Annotated[Kernels, tyro.conf.subcommand("kernels")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Memory, tyro.conf.subcommand("memory")]
     | Annotated[Static, tyro.conf.subcommand("static")]
     | Annotated[Gpu, tyro.conf.subcommand("gpu")]
+    | Annotated[Show, tyro.conf.subcommand("report")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
 )
 
 
-def _ops(names: tuple[str, ...]) -> list[str]:
-    known = list(all_specs())
+def _pick(what: str, names: tuple[str, ...], known: list[str]) -> list[str]:
     for name in names:
         if name not in known:
-            raise cli.UserError(f"there is no kernel {name!r}: choose from {', '.join(known)}")
+            raise cli.UserError(f"there is no {what} {name!r}: choose from {', '.join(known)}")
     return list(names) or known
 
 
-def _gpu(what: str) -> torch.device:
-    problem = (
-        device_problem("cuda", 0)
-        if torch.cuda.is_available()
-        else "torch finds no CUDA device (see `python -m kernels`)"
-    )
-    if problem:
-        raise cli.UserError(f"{what} needs an NVIDIA GPU of compute capability 8.0 or newer: {problem}")
-    return torch.device("cuda", 0)
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise cli.UserError(f"--{name} must be above 0, got {value:g}")
+
+
+def _context(preset: str, context: int | None, batch: tuple[int, ...]) -> int:
+    _pick("preset", (preset,), list(PRESETS))
+    limit = PRESETS[preset].n_positions
+    if min(batch, default=0) < 1:
+        raise cli.UserError("--batch must be at least 1")
+    if context is not None and not 0 < context <= limit:
+        raise cli.UserError(f"--context must lie in 1 to {limit} for the preset {preset}, got {context}")
+    return context or limit
 
 
 def _device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def _new(out: Path | None) -> None:
+    if out is not None and out.exists():
+        raise cli.UserError(f"{out} exists: name another file, or move that one away")
+
+
+class _Run:
+    """A report that is printed and written as it is measured."""
+
+    def __init__(self, device: torch.device, out: Path | None) -> None:
+        _new(out)
+        self.report, self.out = Report.start(device), out
+        self.report.method["clocks"] = {name: timing.METHOD[name] for name in (*timing.clocks(device), "interval")}
+
+    def collect(self, groups: Iterator[list[Row]], total: int) -> None:
+        """Prints each row, writes after each group, and says in the end who is missing. total: groups to come."""
+        started = time.monotonic()
+        with cli.LiveLine() as live:
+            for done, rows in enumerate(groups, 1):
+                for row in rows:
+                    if row.provider != CONTROL:
+                        live.print(report.line(row))
+                self.report.rows += rows
+                if self.out:
+                    self.report.write(self.out)
+                if live.is_live:
+                    eta = (time.monotonic() - started) / done * max(total - done, 0)
+                    live.update(f"{done}/{total} groups, eta {int(eta) // 60}:{int(eta) % 60:02d}")
+        for name, why in self.report.missing.items():
+            print(f"not here: {name}: {why}")
+        if self.out:
+            self.report.write(self.out)
+            print(f"report: {self.out}  (python -m bench report {self.out})")
+
+
 def _kernels(config: Kernels) -> None:
-    device = _gpu("timing the kernels")
-    rows = []
-    dtypes = [getattr(torch, name) for name in config.dtype]
-    for row in kernel_bench.run(device, dtypes, _ops(config.op), seconds=config.seconds, quick=config.quick):
-        print(report.kernel_line(row), flush=True)
-        rows.append(row.as_dict())
-        if config.out:  # after every row: a kill loses nothing
-            report.write(config.out / "kernels.json", "kernels", device, rows)
+    ops = _pick("kernel", config.op, list(all_specs()))
+    providers = _pick("provider", config.provider, peers.known_providers())
+    _positive(seconds=config.seconds)
+    device = _device()
+    run = _Run(device, config.out)
+    dtypes = [_dtype(name, device) for name in config.dtype or (None,)]
+    roofs = roofline.measure(device, dtypes)
+    run.report.method |= {"roofs": roofs.as_dict(), "peers": peers.NOTES}
+    run.collect(
+        kernel_bench.run(
+            device, dtypes, ops, run.report.missing, roofs, providers=providers, modes=config.mode,
+            seconds=config.seconds, quick=config.quick,
+        ),
+        total=kernel_bench.groups(device, dtypes, ops, config.mode, quick=config.quick),
+    )  # fmt: skip
 
 
 def _train(config: Train) -> None:
-    if config.preset not in PRESETS:
-        raise cli.UserError(f"there is no preset {config.preset!r}: choose from {', '.join(PRESETS)}")
-    context = config.context or PRESETS[config.preset].n_positions
-    if not 0 < context <= PRESETS[config.preset].n_positions or min(config.batch, default=0) < 1:
-        limit = PRESETS[config.preset].n_positions
+    context = _context(config.preset, config.context, config.batch)
+    providers = _pick("provider", config.provider, list(train_step.PROVIDERS))
+    _positive(seconds=config.seconds)
+    if config.nanogpt is not None and not (config.nanogpt / "model.py").is_file():
+        raise cli.UserError(f"{config.nanogpt} is no checkout of nanoGPT: it has no model.py")
+    device = _device()
+    run = _Run(device, config.out)
+    overrides = {"bias": config.bias} | ({"vocab_size": config.vocab_size} if config.vocab_size else {})
+    run.collect(
+        train_step.run(
+            device, config.preset, list(config.batch), context, _dtype(config.dtype, device), run.report.missing,
+            providers=providers, seconds=config.seconds, nanogpt=config.nanogpt, overrides=overrides,
+        ),
+        total=len(config.batch),
+    )  # fmt: skip
+
+
+def _generate(config: Generate) -> None:
+    _context(config.preset, None, config.batch)
+    providers = _pick("provider", config.provider, list(generate.PROVIDERS))
+    _positive(seconds=config.seconds, prompt=config.prompt, tokens=config.tokens)
+    limit = PRESETS[config.preset].n_positions
+    if config.prompt + config.tokens > limit:
         raise cli.UserError(
-            f"--batch must be at least 1 and --context from 1 to {limit} for the preset {config.preset}"
+            f"--prompt and --tokens are {config.prompt + config.tokens} together, and the preset {config.preset} has "
+            f"{limit} positions: ask for less"
         )
     device = _device()
-    rows = []
-    dtype = getattr(torch, config.dtype)
-    for row in train_step.run(device, config.preset, list(config.batch), context, dtype, config.seconds):
-        print(report.train_line(row), flush=True)
-        rows.append(row.as_dict())
-        if config.out:
-            report.write(config.out / "train.json", "train", device, rows)
+    run = _Run(device, config.out)
+    run.collect(
+        generate.run(
+            device, config.preset, list(config.batch), config.prompt, config.tokens, _dtype(config.dtype, device),
+            run.report.missing, providers=providers, seconds=config.seconds,
+        ),
+        total=2 * len(config.batch),
+    )  # fmt: skip
+
+
+def _memory(config: Memory) -> None:
+    context = _context(config.preset, config.context, config.batch)
+    device, dtype = _device(), getattr(torch, config.dtype)
+    run = _Run(device, config.out)
+    rows = memory.run(device, config.preset, list(config.batch), context, dtype, run.report.missing)
+    run.collect(rows, total=len(config.batch))
+    print(f"largest batch of {context} tokens that should fit:")
+    for gib, batches in memory.fits(config.preset, context, dtype):
+        print(f"  {gib:>3} GiB  " + "  ".join(f"{backend} {batch}" for backend, batch in batches.items()))
 
 
 def _static(config: Static) -> None:
     for arch in config.arch:
         if arch not in static.ARCHITECTURES:
             raise cli.UserError(f"--arch {arch} is not known: choose from {', '.join(map(str, static.ARCHITECTURES))}")
+    ops = _pick("kernel", config.op, list(all_specs()))
+    _new(config.out)
     rows: list[static.StaticRow] = []
     dtypes = [getattr(torch, name) for name in config.dtype]
     with cli.LiveLine() as line:
-        for done, total, found in static.survey(config.arch, dtypes, _ops(config.op), bench_only=config.bench_only):
+        for done, total, found in static.survey(config.arch, dtypes, ops, bench_only=config.bench_only):
             rows += found
             if line.is_live:
                 line.update(f"compiled {done}/{total}  {found[-1].kernel} sm_{found[-1].arch} {found[-1].dtype}")
-    print(report.STATIC_HEAD)
+    print(static.HEAD)
     for row in sorted(rows, key=lambda r: (r.kernel, r.arch, r.dtype, r.config)):
-        print(report.static_line(row))
+        print(static.line(row))
     problems = sum(bool(r.problem) for r in rows)
     print(f"{len(rows)} compiled kernels, {problems} with a problem")
     if config.out:
-        report.write(config.out / "static.json", "static", torch.device("cpu"), [static.as_dict(r) for r in rows])
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        origin = {"machine_info": machine_info(torch.device("cpu")), "commit_info": commit_info()}
+        config.out.write_text(json.dumps({**origin, "rows": [static.as_dict(row) for row in rows]}, indent=1) + "\n")
     if problems:
         sys.exit(1)
 
 
+def _gpu_device() -> torch.device:
+    problem = (
+        device_problem("cuda", 0)
+        if torch.cuda.is_available()
+        else "torch finds no CUDA device (see `python -m kernels`)"
+    )
+    if problem:
+        raise cli.UserError(f"make gpu needs an NVIDIA GPU of compute capability 8.0 or newer: {problem}")
+    return torch.device("cuda", 0)
+
+
 def _everything(config: Gpu) -> None:
-    device = _gpu("make gpu")
-    started = time.perf_counter()
-    config.out.mkdir(parents=True, exist_ok=True)
-    print("\n".join(kernels_command.describe()), flush=True)
-    dtypes = [torch.float32, torch.float16, torch.bfloat16]
-    verdict = kernels_command.check(list(all_specs()), dtypes, device)
-    print("\n".join([*verdict.table(), verdict.line()]), flush=True)
-    (config.out / "check.json").write_text(json.dumps(verdict.as_dict(), indent=1) + "\n")
-    _kernels(Kernels(quick=config.quick, out=config.out))
-    _train(Train(batch=(4,) if config.quick else (4, 16, 64), out=config.out))
-    (config.out / "environment.json").write_text(json.dumps(report.environment(device), indent=1) + "\n")
-    print(f"reports in {config.out} after {time.perf_counter() - started:.0f} s")
+    _positive(minutes=config.minutes)
+    device = _gpu_device()
+    out = config.out or Path("runs") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    run = _Run(device, out / "report.json")
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    budget = gpu.Budget(config.minutes)
+    verdict = gpu.everything(device, run.report, out, budget, say=lambda text: print(text, flush=True))
+    _write_pages([run.report], out)
+    print("\n".join(gpu.summary(run.report, verdict)))
+    print(f"reports in {out} after {time.monotonic() - started:.0f} s")
     if verdict.failures:
         sys.exit(1)
 
 
+def _write_pages(reports: list[Report], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(report.markdown(reports))
+    (out / "report.html").write_text(report.html(reports))
+
+
+def _read(paths: tuple[Path, ...]) -> dict[Path, Report]:
+    files = []
+    for path in paths:
+        found = sorted(p for p in path.rglob("*.json") if p.name != "check.json") if path.is_dir() else [path]
+        if not found:
+            raise cli.UserError(f"there is no report in {path}: write one with `python -m bench kernels --out FILE`")
+        files += found
+    return {file: Report.read(file) for file in files}
+
+
+def _show(config: Show) -> None:
+    if not config.files:
+        raise cli.UserError("name at least one report: python -m bench report FILE ...")
+    reports = _read(config.files)
+    if config.readme:
+        folder = config.readme.resolve().parent
+        named = {Path(os.path.relpath(file.resolve(), folder)).as_posix(): found for file, found in reports.items()}
+        text = report.update_readme(config.readme.read_text(), report.readme_tables(named))
+        config.readme.write_text(text)
+        print(f"wrote the tables of {config.readme}")
+    if config.out:
+        _write_pages([*reports.values()], config.out)
+        print(f"{config.out / 'report.md'} and {config.out / 'report.html'}")
+    elif not config.readme:
+        print(report.markdown([*reports.values()]))
+
+
+def _compare(config: Compare) -> None:
+    _positive(threshold=config.threshold)
+    a, b = Report.read(config.a), Report.read(config.b)
+    threshold = config.threshold / 100
+    result = comparison.compare(
+        a, b, threshold=threshold, providers=config.provider, across_devices=config.across_devices
+    )
+    print(comparison.text(a, b, result, threshold=threshold))
+    if result.regressed:
+        sys.exit(1)
+
+
 def _main(command: Command) -> None:
-    handlers = {Kernels: _kernels, Train: _train, Static: _static, Gpu: _everything}
+    handlers = {
+        Kernels: _kernels, Train: _train, Generate: _generate, Memory: _memory, Static: _static, Gpu: _everything,
+        Show: _show, Compare: _compare,
+    }  # fmt: skip
     handlers[type(command)](command)  # type: ignore[operator]
 
 

@@ -1,87 +1,34 @@
-"""Every registered kernel on its bench cases, beside PyTorch's operator, eager and compiled, in the same process."""
+"""Every registered operator on its bench cases: ours beside whoever else computes it, in turn, in one process.
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+Modes: "forward" without gradients; "backward", of a forward pass that is not timed and whose graph is kept; "both". An
+operator without gradients has its forward pass only. A loss is taken as the last operator: the gradient that comes to
+it is 1; any other gets random numbers.
+
+Nothing wrong is timed: a kernel must pass its proof (kernels/_proof.py), and anyone else's function must agree with
+the eager path in float32 on the very inputs on which it will be timed.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._functorch import config as autograd_config
 
-from bench.timing import Timing, measure
-from kernels import _proof, use_backend
+from bench import memory, peers, timing
+from bench.record import CONTROL, Row, dtype_name
+from bench.roofline import Roofs
+from kernels import _proof
 from kernels._registry import Case, KernelSpec, all_specs
 
-SDPA = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
-        "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION}  # fmt: skip
+MODES = ("forward", "backward", "both")
+Gate = Callable[[KernelSpec, torch.dtype], str]
 
-
-@dataclass(frozen=True)
-class KernelRow:
-    """One kernel, case, dtype, mode ("forward" or "forward+backward") and provider.
-
-    gb_per_s: bytes that must move over the median time, 1e9 bytes; tflop_per_s likewise, 0 where there is no product.
-    """
-
-    kernel: str
-    case: str
-    dtype: str
-    mode: str
-    provider: str
-    timing: Timing
-    gb_per_s: float
-    tflop_per_s: float
-    error: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The row as JSON takes it."""
-        return asdict(self)
-
-
-def _providers(spec: KernelSpec) -> dict[str, Callable[..., Any]]:
-    def under(backend: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        def call(**inputs: Any) -> Any:
-            with use_backend(backend):  # type: ignore[arg-type]
-                return fn(**inputs)
-
-        return call
-
-    providers = {"triton": under("triton", spec.fn), "eager": under("eager", spec.fn)}
-    providers["compile"] = under("eager", torch.compile(spec.fn, dynamic=False))
-    if spec.name == "causal_attention":
-        for name, backend in SDPA.items():
-            providers[name] = _sdpa(backend)
-    return providers
-
-
-def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
-    """PyTorch's attention by one of its backends, from the packed projection to (B, T, C), as a model would call it."""
-
-    def call(qkv: Tensor, n_head: int, **_: Any) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-
-    return call
-
-
-def _calls(spec: KernelSpec, fn: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    """What is timed of one provider, by mode."""
-    leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if k in spec.grads and v is not None}
-    given = {**inputs, **leaves}
-    incoming = list(_proof.incoming_gradients(spec, inputs, seed=0).values())
-
-    def forward() -> object:
-        with torch.no_grad():
-            return fn(**given)
-
-    def both() -> object:
-        return torch.autograd.grad(fn(**given), list(leaves.values()), incoming)
-
-    if not leaves:
-        return {"forward": forward}
-    return {"forward": forward, "forward+backward": both}
+_CPU_SHARE, _CPU_FLOPS = 64, 2**34
 
 
 def case_text(case: Case) -> str:
@@ -89,52 +36,226 @@ def case_text(case: Case) -> str:
     return " ".join(f"{k}={v}" for k, v in case.items() if k != "why")
 
 
-def run(
-    device: torch.device, dtypes: list[torch.dtype], ops: list[str] | None, *, seconds: float = 0.5, quick: bool = False
-) -> Iterator[KernelRow]:
-    """Yields rows as they are measured. A kernel that is not within the rule gets one row that says so, and no time.
+def cpu_case(spec: KernelSpec, case: Case) -> Case | None:
+    """A bench case cut down for a CPU, None where that is not enough.
 
-    A provider that cannot run a case gets a row whose `error` says why. quick: the first bench case of each kernel.
+    The leading size of an operator that trains is divided by 64, and halved until its products are at most 2^34
+    operations, forward and backward together: a second at most.
     """
+    lead = next(iter(case))
+    size = max(1, case[lead] // _CPU_SHARE) if spec.grads else case[lead]
+    while size > 1 and sum(spec.flops({**case, lead: size})) > _CPU_FLOPS:
+        size //= 2
+    cut = {**case, lead: size}
+    return cut if sum(spec.flops(cut)) <= _CPU_FLOPS else None
+
+
+def cases(spec: KernelSpec, device: torch.device) -> list[Case]:
+    """What is timed of an operator on a device, the most telling first."""
+    if device.type == "cuda":
+        return list(spec.bench_cases)
+    cut = [cpu_case(spec, case) for case in spec.bench_cases]
+    return [case for i, case in enumerate(cut) if case is not None and case not in cut[:i]]
+
+
+def red(spec: KernelSpec, dtype: torch.dtype, device: torch.device) -> str:
+    """Why a kernel must not be timed, or "": its proof on all its cases, here and now."""
+    try:
+        wrong = sum(not row.passed for case in spec.cases for row in _proof.prove(spec, case, dtype, device))
+    except Exception as error:
+        return f"not timed: its proof ends in {timing.why(error)}"
+    return f"not timed: {wrong} comparisons with float64 fail (python -m kernels check)" if wrong else ""
+
+
+def groups(
+    device: torch.device, dtypes: Sequence[torch.dtype], ops: Collection[str], modes: Collection[str], *, quick: bool
+) -> int:
+    """How many lists of rows `run` yields, where nothing fails."""
+    count = 0
     for spec in all_specs().values():
-        if ops and spec.name not in ops:
+        if spec.name in ops:
+            chosen = cases(spec, device)[: 1 if quick else None]
+            count += len(chosen) * sum(bool(spec.grads) or mode == "forward" for mode in modes)
+    return count * len(dtypes) * len(timing.clocks(device))
+
+
+def run(
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    ops: Collection[str] | None,
+    missing: dict[str, str],
+    roofs: Roofs,
+    *,
+    providers: Collection[str] | None = None,
+    modes: Collection[str] = MODES,
+    seconds: float = 0.5,
+    quick: bool = False,
+    skip_first: bool = False,
+    gate: Gate | None = None,
+) -> Iterator[list[Row]]:
+    """Yields a list of rows for each group, an operator on a case in a dtype and mode by a clock, as it is measured.
+
+    ops, providers: None for all. quick: the first case of each operator; skip_first: all but it. seconds: for each
+    provider of a group. gate: why a kernel may not be timed, `red` if it is not given; asked where Triton runs.
+    missing: filled with the providers that cannot run here, and why. What fails gives a row without a time, once for
+    the same reason.
+    """
+    gate = gate or (lambda spec, dtype: red(spec, dtype, device))
+    for spec in all_specs().values():
+        if ops is not None and spec.name not in ops:
             continue
-        for dtype in dtypes:
-            name = str(dtype).removeprefix("torch.")
-            wrong = [row for case in spec.cases for row in _proof.prove(spec, case, dtype, device) if not row.passed]
-            if wrong:
-                yield KernelRow(
-                    spec.name, "", name, "", "triton", Timing(0, 0, 0, 0), 0, 0,
-                    error=f"not timed: {len(wrong)} comparisons with float64 fail (python -m kernels check)",
-                )  # fmt: skip
-                continue
-            for case in spec.bench_cases[:1] if quick else spec.bench_cases:
-                yield from _run_case(spec, case, dtype, device, seconds)
+        chosen = cases(spec, device)
+        chosen = chosen[:1] if quick else chosen[1:] if skip_first else chosen
+        for dtype in dtypes if chosen else ():
+            found = peers.providers(spec, device, missing, providers)
+            if "triton" in found and (reason := gate(spec, dtype)):
+                yield [Row("kernels", {"op": spec.name, "dtype": dtype_name(dtype)}, "triton", error=reason)]
+                del found["triton"]
+            wanted = [mode for mode in MODES if mode in modes and (spec.grads or mode == "forward")]
+            for case in chosen if found else ():  # without a name for it, a case is gone before the next one is drawn
+                yield from _Case(spec, case, dtype, device, found, roofs, seconds).run(wanted)
 
 
-def _run_case(
-    spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device, seconds: float
-) -> Iterator[KernelRow]:
-    inputs = spec.inputs(case, dtype, device)
-    modes: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "forward+backward": {}}
-    failed: dict[str, str] = {}
-    for provider, fn in _providers(spec).items():
+def _params(spec: KernelSpec, case: str, dtype: torch.dtype, mode: str) -> dict[str, Any]:
+    return {"op": spec.name, "case": case, "dtype": dtype_name(dtype), "mode": mode}
+
+
+@dataclass
+class _Case:
+    """One operator on one case in one dtype: its inputs, those who compute it, and what was said of them."""
+
+    spec: KernelSpec
+    case: Case
+    dtype: torch.dtype
+    device: torch.device
+    found: dict[str, peers.Function]
+    roofs: Roofs
+    seconds: float
+    said: set[tuple[str, str]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.inputs = self.spec.inputs(self.case, self.dtype, self.device)
+
+    def run(self, modes: list[str]) -> Iterator[list[Row]]:
+        wrong = {gradients: self._wrong(gradients) for gradients in {mode != "forward" for mode in modes}}
+        for mode in modes:
+            refused = wrong[mode != "forward"]
+            params = _params(self.spec, case_text(self.case), self.dtype, mode)
+            if rows := self._once([Row("kernels", params, name, error=error) for name, error in refused.items()]):
+                yield rows
+            makers = {name: self._maker(name, fn, mode) for name, fn in self.found.items() if name not in refused}
+            peaks: dict[str, float] = {}
+            torch.compiler.reset()  # or the shapes of all cases would add up to more than it compiles a function for
+            self._free()
+            for clock in timing.clocks(self.device) if makers else ():
+                measured = self._measure(makers, mode, clock)
+                if mode != "backward" and not peaks:
+                    peaks = {name: self._peak_mib(makers[name]) for name in measured.seconds if name != CONTROL}
+                if rows := self._once(self._rows(measured, mode, peaks)):
+                    yield rows
+
+    def _wrong(self, gradients: bool) -> dict[str, str]:
+        """Provider -> why it may not be timed. Ours are not asked: the kernel has its proof, the others are the eager
+        path itself.
+        """
+        asked = [name for name in self.found if name not in peers.OURS]
+        if not asked:
+            return {}
         try:
-            calls = _calls(spec, fn, inputs)
-            for mode, call in calls.items():
-                call()
-                modes[mode][provider] = call
-        except Exception as error:  # what a peer cannot do is a result
-            failed[provider] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:160]
-    dtype_name = str(dtype).removeprefix("torch.")
-    for mode, calls in modes.items():
-        for provider, timing in (measure(calls, device, seconds=seconds) if calls else {}).items():
-            move, work = spec.bytes_moved(case, dtype), spec.flops(case)
-            both = mode != "forward"
-            yield KernelRow(
-                spec.name, case_text(case), dtype_name, mode, provider, timing,
-                gb_per_s=(sum(move) if both else move[0]) / timing.p50_ms / 1e6,
-                tflop_per_s=(sum(work) if both else work[0]) / timing.p50_ms / 1e9,
-            )  # fmt: skip
-    for provider, why in failed.items():
-        yield KernelRow(spec.name, case_text(case), dtype_name, "", provider, Timing(0, 0, 0, 0), 0, 0, error=why)
+            exact = {name: _in_float32(x) for name, x in self.inputs.items()}
+            truth, incoming = _proof.evaluate(self.spec, exact, None, "eager"), None
+            if gradients:
+                incoming = dict(zip(truth, self._incoming(truth.values()), strict=True))
+                truth = _proof.evaluate(self.spec, exact, incoming, "eager")
+        except Exception as error:
+            return {name: f"not checked, eager in float32 gives no result: {timing.why(error)}" for name in asked}
+        wrong = {}
+        for name in asked:
+            try:
+                reason = peers.disagreement(self.spec, self.found[name], self.inputs, incoming, truth)
+            except Exception as error:  # what a peer cannot do is a result
+                reason = timing.why(error)
+            if reason:
+                wrong[name] = reason
+        return wrong
+
+    def _incoming(self, outputs: Iterable[Tensor]) -> list[Tensor]:
+        """The gradient that comes to each output, the same for every provider."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        return [
+            torch.randn(y.shape, generator=generator, device=y.device).to(y) if y.ndim else torch.ones_like(y)
+            for y in outputs
+        ]
+
+    def _maker(self, provider: str, fn: peers.Function, mode: str) -> timing.Maker:
+        def make() -> timing.Call:
+            given = dict(self.inputs)
+            if (self.spec.name, provider) in peers.OVERWRITES:
+                given = {name: x.clone() if isinstance(x, Tensor) else x for name, x in given.items()}
+            if mode == "forward":
+
+                def forward() -> object:
+                    with torch.no_grad():
+                        return fn(**given)
+
+                return forward
+            differentiable = (name for name in self.spec.grads if given[name] is not None)
+            leaves = {name: given[name].detach().requires_grad_() for name in differentiable}
+            given |= leaves
+            wanted = list(leaves.values())
+            outputs = fn(**given)
+            incoming = self._incoming(outputs if isinstance(outputs, tuple) else (outputs,))
+            if mode == "both":
+                return lambda: torch.autograd.grad(fn(**given), wanted, incoming)
+            return lambda: torch.autograd.grad(outputs, wanted, incoming, retain_graph=True)
+
+        return make
+
+    def _measure(self, makers: dict[str, timing.Maker], mode: str, clock: str) -> timing.Measured:
+        # A compiled backward pass, also one out of torch's cache on disk, may overwrite what the forward pass saved for
+        # it: not where it is to run again.
+        with autograd_config.patch(donated_buffer=mode != "backward"):  # type: ignore[attr-defined]
+            return timing.measure(makers, self.device, clock, seconds=self.seconds)
+
+    def _peak_mib(self, maker: timing.Maker) -> float:
+        call = maker()
+        call()
+        return memory.peak(call, self.device) / 2**20
+
+    def _rows(self, measured: timing.Measured, mode: str, peaks: dict[str, float]) -> list[Row]:
+        if measured.seconds.keys() <= {CONTROL}:
+            measured.seconds.clear()
+        moved = _of_mode(self.spec.bytes_moved(self.case, self.dtype), mode)
+        work = _of_mode(self.spec.flops(self.case), mode)
+        floor = self.roofs.floor(moved, work, self.dtype)
+
+        def metrics(provider: str, seconds: float) -> dict[str, float]:
+            found = {"gb_per_s": moved / seconds / 1e9, "floor": floor / seconds, "floor_ms": floor * 1e3}
+            found |= {"bytes": moved, "flops": work}
+            if work:
+                found["tflop_per_s"] = work / seconds / 1e12
+            if provider in peaks:
+                found["peak_mib"] = peaks[provider]
+            return found
+
+        return measured.rows("kernels", _params(self.spec, case_text(self.case), self.dtype, mode), metrics)
+
+    def _once(self, rows: list[Row]) -> list[Row]:
+        """The rows without what was said before: a provider fails in each mode and by each clock for one reason."""
+        new = [row for row in rows if not row.error or (row.provider, row.error) not in self.said]
+        self.said |= {(row.provider, row.error) for row in rows}
+        return new
+
+    def _free(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _of_mode(pair: tuple[int, int], mode: str) -> int:
+    """Of (forward, backward) what a mode does."""
+    return {"forward": pair[0], "backward": pair[1], "both": sum(pair)}[mode]
+
+
+def _in_float32(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x

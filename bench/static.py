@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.record import dtype_name
 from kernels._compile import compile_launch, kernel_name, launches, reason, unique
 from kernels._launch import Launch
 from kernels._registry import all_specs
@@ -143,7 +144,7 @@ def _tool(name: str, *args: str) -> str:
 def read_back(launch: Launch, dtype: torch.dtype, arch: int) -> StaticRow:
     """Compiles one launch for sm_<arch> and reads the machine code."""
     row: dict[str, Any] = dict(
-        kernel=kernel_name(launch), arch=arch, dtype=str(dtype).removeprefix("torch."), config=_label(launch),
+        kernel=kernel_name(launch), arch=arch, dtype=dtype_name(dtype), config=_label(launch),
         num_warps=launch.meta.get("num_warps", 4), shared_limit=ARCHITECTURES[arch].shared_kib * 1024,
     )  # fmt: skip
     try:
@@ -193,3 +194,14 @@ def survey(
 def as_dict(row: StaticRow) -> dict[str, Any]:
     """A row as JSON takes it, its verdict included."""
     return asdict(row) | {"problem": row.problem}
+
+
+HEAD = "kernel             arch   dtype     warps  regs spill  shared of all blocks instr tensor kind     wide  config"
+
+
+def line(r: StaticRow) -> str:
+    """One compiled kernel as text, under HEAD. blocks: on a multiprocessor; wide: loads of 16 bytes."""
+    head = f"{r.kernel:<18} sm_{r.arch:<3} {r.dtype:<9} {r.num_warps:>5} {r.registers:>5} {r.spill:>5} {r.shared:>7}"
+    text = f"{head} {r.shared / r.shared_limit:>6.0%} {r.blocks_per_sm:>6} {r.instructions:>5} {r.tensor_core:>6}"
+    text += f" {r.tensor_kind or '-':<8} {r.wide_loads:>4}  {r.config}"
+    return f"{text}  <- {r.problem}" if r.problem else text

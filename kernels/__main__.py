@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,16 +75,21 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found. failures: one line for each comparison that failed and each case that could not run."""
+    """What a check found. failures: one line for each comparison that failed and each case that could not run;
+    red: the (kernel, dtype) that they are of; left_out: cases that there was no time for.
+    """
 
     rows: list[_proof.Row]
     failures: list[str]
+    red: set[tuple[str, torch.dtype]]
+    left_out: int
     seconds: float
     where: str
 
     def line(self) -> str:
         """The verdict in one line."""
         result = f"{len(self.failures)} FAILED" if self.failures else "all within the rule"
+        result += f"; no time for {self.left_out} cases" if self.left_out else ""
         return f"{len(self.rows)} comparisons with float64 on {self.where} in {self.seconds:.0f} s: {result}"
 
     def table(self) -> list[str]:
@@ -93,7 +99,9 @@ class Verdict:
         groups: dict[tuple[str, str], list[_proof.Row]] = {}
         for row in self.rows:
             groups.setdefault((row.kernel, _dtype_name(row.case_dtype)), []).append(row)
-        for (kernel, dtype), rows in groups.items():
+        for (kernel, dtype), rows in sorted(
+            groups.items(), key=lambda item: item[0][0]
+        ):  # dtypes as they were asked for
             # NaN is worse than any number
             key = lambda row: float("inf") if row.ratio != row.ratio else row.ratio  # noqa: E731
             worst = [max((r for r in rows if r.family == name), key=key, default=None) for name in families]
@@ -111,42 +119,58 @@ class Verdict:
         ]  # fmt: skip
         return {
             "schema": 1, "environment": describe(), "verdict": self.line(), "passed": not self.failures,
-            "failures": self.failures, "rows": rows,
+            "failures": self.failures, "left_out": self.left_out, "rows": rows,
         }  # fmt: skip
 
 
-def check(ops: list[str], dtypes: list[torch.dtype], device: torch.device, *, quick: bool = False) -> Verdict:
-    """Proves kernels on a device, in every family of cases. quick: the first case of each kernel alone."""
+def check(
+    ops: list[str],
+    dtypes: list[torch.dtype],
+    device: torch.device,
+    *,
+    quick: bool = False,
+    over: Callable[[], bool] = lambda: False,
+) -> Verdict:
+    """Proves kernels on a device, in every family of cases. quick: the first case of each kernel alone. over: asked
+    before each case; once it says True the rest is left out, which is why every kernel has its turn in a family first.
+    """
     specs = all_specs()
     jobs = [
         (specs[name], dtype, family, case)
-        for name in ops
-        for dtype in dtypes
         for family in _proof.FAMILIES
+        for dtype in dtypes
+        for name in ops
         for case in (specs[name].cases[:1] if quick else specs[name].cases)
     ]
     rows: list[_proof.Row] = []
     failures: list[str] = []
-    started = time.perf_counter()
+    red: set[tuple[str, torch.dtype]] = set()
+    left_out, started = 0, time.perf_counter()
     for done, (spec, dtype, family, case) in enumerate(jobs):
-        _progress(done, len(jobs), started, f"{spec.name} {_dtype_name(dtype)} {family} {_case_text(case)}")
+        if over():
+            left_out = len(jobs) - done
+            break
+        what = f"{spec.name} {_dtype_name(dtype)} {family} {_case_text(case)}"
+        _progress(done, len(jobs), started, what)
         try:
             found = list(_proof.prove_family(family, spec, case, dtype, device))
         except Exception as error:  # a kernel that cannot run is a failed proof, and the others still get theirs
-            what = f"{spec.name} {_dtype_name(dtype)} {family} {_case_text(case)}"
-            failures.append(f"{what}: {type(error).__name__}: {error}")
-            continue
-        rows += found
-        failures += [
-            f"{row.kernel} {_dtype_name(row.case_dtype)} {family} {_case_text(row.case)}: {row.name} is off by "
-            f"{row.error:.3e}, allowed {row.allowed:.3e}"
-            for row in found
-            if not row.passed
-        ]
+            wrong = [f"{what}: {type(error).__name__}: {error}"]
+        else:
+            rows += found
+            wrong = [
+                f"{row.kernel} {_dtype_name(dtype)} {family} {_case_text(row.case)}: {row.name} is off by "
+                f"{row.error:.3e}, allowed {row.allowed:.3e}"
+                for row in found
+                if not row.passed
+            ]
+        failures += wrong
+        if wrong:
+            red.add((spec.name, dtype))
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, interpreted"
-    return Verdict(rows, failures, time.perf_counter() - started, where)
+    return Verdict(rows, failures, red, left_out, time.perf_counter() - started, where)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -162,6 +162,7 @@ def _(dy, dh, h, weight, mean, rstd, seed, dropout_p):
 def _setup_context(ctx, inputs, output):
     _, _, weight, bias, seed, _, ctx.dropout_p = inputs
     _, h, mean, rstd = output
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(h, weight, mean, rstd, seed)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -169,6 +170,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy, dh, _dmean, _drstd):
     h, weight, mean, rstd, seed = ctx.saved_tensors
+    dy, dh = (torch.zeros_like(h) if g is None else g for g in (dy, dh))  # only one is used at the ends of a model
     dresidual, dx, dw, db = add_layer_norm_bwd(dy, dh, h, weight, mean, rstd, seed, ctx.dropout_p)
     dbias = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
     return dresidual if seed is None else dx, dresidual, dw.to(weight.dtype), dbias, None, None, None

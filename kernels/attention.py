@@ -465,6 +465,7 @@ def _(do, qkv, o, lse, seed, documents, n_head, dropout_p, sm_scale):
 def _setup_context(ctx, inputs, output):
     qkv, seed, documents, ctx.n_head, ctx.dropout_p, ctx.sm_scale = inputs
     o, lse = output
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(qkv, o, lse, seed, documents)
 

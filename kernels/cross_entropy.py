@@ -163,6 +163,7 @@ def _(dloss, logits, targets, m, l, ignore_index):  # noqa: E741
 def _setup_context(ctx, inputs, output):
     logits, targets, ctx.ignore_index = inputs
     _, m, l = output  # noqa: E741
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.mark_non_differentiable(m, l)
     ctx.save_for_backward(logits, targets, m, l)
 

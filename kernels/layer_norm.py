@@ -150,6 +150,7 @@ def _(dy, x, weight, mean, rstd):
 def _setup_context(ctx, inputs, output):
     x, weight, bias, _ = inputs
     _, mean, rstd = output
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, weight, mean, rstd)
     ctx.bias_dtype = None if bias is None else bias.dtype

@@ -148,6 +148,7 @@ def _(dloss, targets, ignore_index, dx, dw):
 def _setup_context(ctx, inputs, output):
     _, weight, targets, ctx.ignore_index, ctx.need_dx, ctx.need_dw = inputs
     _, dx, dw = output
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.mark_non_differentiable(dx, dw)
     ctx.save_for_backward(targets, dx, dw)
     ctx.weight_dtype = weight.dtype
@@ -164,12 +165,14 @@ linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_conte
 
 
 def lm_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T: (..., C), (V, C) any floating dtype -> (..., V) in x.dtype. On CUDA it is a view of wider rows."""
-    weight, V = weight.to(x.dtype), weight.shape[0]
-    if not x.is_cuda:
-        return F.linear(x, weight)
+    """x @ weight.T: (..., C), (V, C) any floating dtype -> (..., V) in x.dtype; it may be a view of wider rows."""
+    weight, (V, C) = weight.to(x.dtype), weight.shape
+    if not x.is_cuda or x.numel() < 512 * C:
+        return F.linear(
+            x, weight
+        )  # a CPU gains nothing, and for a few rows the padded copy costs more than the product
     # Rows of zeros up to a multiple of 128: 50,257 columns are odd, and the tensor cores' fast tiles need aligned rows
-    # of logits. The crop keeps the padding out of the softmax. A CPU gains nothing from it.
+    # of logits. The crop keeps the padding out of the softmax.
     return F.linear(x, F.pad(weight, (0, 0, 0, -V % 128)))[..., :V]
 
 

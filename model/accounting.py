@@ -1,11 +1,15 @@
-"""What a model costs, from its configuration alone: parameters, floating-point operations, share of a GPU's peak."""
+"""What a model costs, from its configuration alone: parameters, FLOPs, share of a GPU's peak, memory of training."""
 
 from __future__ import annotations
 
+import bisect
 import re
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from kernels.linear_cross_entropy import SCRATCH_BYTES
 from model.config import GPTConfig
 
 
@@ -91,3 +95,135 @@ def mfu(tokens_per_second: float, config: GPTConfig, context: int, peak: float |
     For several GPUs give the tokens per second of one of them, or the sum of their peaks.
     """
     return flops_per_token(config, context) * tokens_per_second / peak if peak else float("nan")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training step holds, by what they are for.
+
+    activations: what autograd keeps from the forward pass for the backward pass, the tokens and targets included.
+    workspace: what a forward or backward pass holds at its highest beyond parameters, optimizer state and activations:
+        scratch, gradients of activations, and those gradients of parameters that are there by then.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+
+    @property
+    def peak(self) -> int:
+        """What a step that begins without gradients holds at its highest.
+
+        Activations go while gradients come, so that the gradients are no term of their own. Where those of earlier
+        micro-steps are kept (gradient accumulation), peak + gradients is an upper bound.
+        """
+        return self.parameters + self.optimizer + self.activations + self.workspace
+
+
+Backend = Literal["triton", "eager"]
+_LARGE_CARD = 64 * SCRATCH_BYTES  # from here on the logits' scratch is at its largest
+
+
+def memory(
+    config: GPTConfig,
+    batch: int,
+    context: int,
+    dtype: torch.dtype,
+    backend: Backend = "triton",
+    *,
+    card: int = _LARGE_CARD,
+) -> Memory:
+    """What one training step of GPT(config, dtype) needs: (batch, context) tokens, AdamW, no gradients before it.
+
+    Parameters, gradients and both moments of AdamW are float32. Kept for the backward pass, with M = batch * context
+    rows of C channels, a row of C in `dtype` being 1 and a weight counting where it is another dtype than float32, as
+    its copy in `dtype`:
+
+        embedding    the tokens, int64
+        ln_1, ln_2   the input, 1           mean and rstd of each row, float32       eager: weight and bias, if copied
+        c_attn       the input, 1           its weight, if copied
+        attention    q, k, v: 3             output: 1, which is c_proj's input       log-sum-exp of each row and head
+        c_proj       its weight, if copied
+        c_fc         the input, 1           its weight, if copied
+        gelu         the input, 4
+        mlp.c_proj   the input, 4           its weight, if copied
+        ln_f         as ln_1
+        loss         the targets, int64     eager: the input, 1, log-probabilities (M, V) float32, the table, if copied
+                                            triton: both gradients, 1 and (V, C) float32, which the forward pass makes
+
+    (16 a block.) The peak is the largest of these moments, each beyond parameters and optimizer state:
+
+        loss, forward     triton: activations, the input, a chunk of logits, the table, if copied
+        loss, backward    activations, and    eager: gradients of log-probabilities and of logits, both float32
+                                              triton: both gradients scaled
+        gelu, backward    of the last and of the first block: its input's and its output's gradient, 4 each, the
+                          residual's, 1, and the gradients of the weights above; mlp.c_proj has given back its input
+        end               all gradients, and that of the token table again: from the output head, from the embedding,
+                          and their sum, a third tensor but where autograd may write it over the first (eager's head
+                          with a copied table)
+
+    A CUDA device pads the rows of eager's table to a multiple of 128, and that is always a copy. Left out: what is
+    smaller than a row of C for each token (partial sums of weight gradients, a CPU's statistics in `dtype`), the
+    scratch of matrix products (cuBLAS's, oneDNN's, a CPU's float32 copies in the loss), and the allocator's rounding.
+
+    card: bytes of the GPU's memory, which bound the chunk of logits: from 64 GiB on nothing changes; 0 for a CPU.
+    ValueError for a config with dropout: its masks are not counted.
+    """
+    if config.embd_pdrop or config.resid_pdrop or config.attn_pdrop:
+        raise ValueError("memory is predicted without dropout: set embd_pdrop, resid_pdrop and attn_pdrop to 0")
+    C, V, L, M = config.n_embd, config.vocab_size, config.n_layer, batch * context
+    eager, size = backend == "eager", dtype.itemsize
+    copy = size if dtype != torch.float32 else 0  # bytes of a weight's copy
+    row, stats, ids = M * C * size, 2 * M * 4, M * 8
+    table, gradients = V * C * 4, parameters(config) * 4
+    norm = row + stats + (2 if config.bias else 1) * C * (copy if eager else 0)
+    block = 2 * norm + 14 * row + M * config.n_head * 4 + 12 * C * C * copy
+    if eager:
+        head = (V + -V % 128) * C * size if card else V * C * copy
+        loss = ids + row + 4 * M * V + head
+        moments = [2 * 4 * M * V]
+        sums = 1 if head else 2
+    else:
+        loss = ids + row + table
+        moments = [_scratch(M, V, size, card) + row + V * C * copy, row + table]
+        sums = 2
+    activations = ids + L * block + norm + loss
+    weights_above = (4 * C + (1 if config.bias else 0)) * C * 4  # mlp.c_proj
+    block_gradients = 4 * (parameters(config) - (V + config.n_positions) * C) // L
+    for layer in {0, L - 1}:
+        kept = 2 * ids + (layer + 1) * block - 4 * row - 4 * C * C * copy
+        grown = 9 * row + table + weights_above + (L - 1 - layer) * block_gradients
+        moments.append(kept + grown - activations)
+    moments.append(2 * ids + gradients + sums * table - activations)
+    return Memory(gradients, gradients, 2 * gradients, activations, max(moments))
+
+
+def _scratch(M: int, V: int, size: int, card: int) -> int:
+    """Bytes of the chunk of logits in kernels/linear_cross_entropy.py."""
+    row_bytes = (V + -V % 64) * size
+    most = max(128, min(SCRATCH_BYTES, card // 64) // row_bytes // 64 * 64)
+    chunks = -(-M // most)
+    return min(M, -(-M // (64 * chunks)) * 64) * row_bytes
+
+
+# Bytes of a card that training does not get. A guess, and a round one: CUDA's context takes about half of it, cuBLAS's
+# workspace 8 to 32 MiB; the rest is for blocks that the allocator cannot join, and for a desktop.
+RESERVE = 2**30
+
+
+def largest_batch(config: GPTConfig, context: int, dtype: torch.dtype, backend: Backend, bytes: int) -> int:
+    """The largest batch that trains on a card of `bytes`, 0 if not even one sequence does.
+
+    RESERVE is left free, and gradients may accumulate over micro-steps. Chunks of logits come in even sizes, so that a
+    slightly larger batch may need slightly less and fit as well.
+    """
+    limit = bytes - RESERVE
+
+    def need(batch: int) -> int:
+        held = memory(config, batch, context, dtype, backend, card=bytes)
+        return held.peak + held.gradients
+
+    # a sequence keeps more than a byte for each of its tokens
+    return bisect.bisect_right(range(1, max(1, limit // context)), limit, key=need)

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.cache import KVCache
 from model.checkpoint import load_model
@@ -86,6 +86,25 @@ def _generate(
         model.train(was_training)
 
 
+@torch.no_grad()
+def prepare_for_decoding(model: GPT) -> GPT:
+    """Weight matrices as a token's product wants them, in place; shapes and names stay. Not to be trained on. -> model
+
+    Each token reads all of every weight once, so they are cast to the model's dtype here and not at each use. On a CPU
+    those with out >= in are laid out by columns: adding up columns runs at up to twice the speed of a dot product for
+    each row (LOG.md).
+    """
+    for module in model.modules():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            continue
+        weight = module.weight.data.to(model.dtype)
+        n_out, n_in = weight.shape
+        if weight.device.type == "cpu" and n_out >= n_in and module is not model.transformer.wpe:
+            weight = weight.t().contiguous().t()
+        module.weight.data = weight
+    return model
+
+
 @torch.inference_mode()
 def next_logits(model: GPT, ids: Sequence[int], cache: KVCache) -> Tensor:
     """Logits of the token that follows `ids`, of which the model sees the last n_positions: (V,) float32.
@@ -151,7 +170,7 @@ class GenerateConfig:
 def main(cfg: GenerateConfig) -> None:
     model, tokenizer = load_model(cfg.run, pick_device(cfg.device), which=cfg.which)
     ids = generate(
-        model,
+        prepare_for_decoding(model),
         tokenizer.encode(cfg.prompt) or [tokenizer.eot_id],
         tokens=cfg.tokens,
         temperature=0.0 if cfg.greedy else cfg.temperature,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from model.accounting import PEAK_TFLOPS, flops_per_token, mfu, parameters, peak_flops
+from bench.memory import step_peak
+from kernels import use_backend
+from kernels._triton import INTERPRET
+from kernels.linear_cross_entropy import SCRATCH_BYTES, chunk_rows
+from model import accounting, optim
+from model.accounting import PEAK_TFLOPS, RESERVE, flops_per_token, largest_batch, memory, mfu, parameters, peak_flops
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT, num_parameters
 
@@ -91,3 +98,167 @@ def test_mfu():
     # 475k tokens/s on one H100 is 41.1 % by this formula.
     assert mfu(475_000, gpt2, 1024, peak=989.4e12) == pytest.approx(0.411, abs=5e-4)
     assert math.isnan(mfu(475_000, gpt2, 1024, peak=None))
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+BACKENDS = ("eager", "triton")
+# Each has its highest moment somewhere else.
+SHAPES = {  # V, C, layers, batch, context, bias
+    "loss, backward": (300, 32, 2, 2, 16, True),
+    "loss, forward, in two chunks": (320, 32, 1, 4, 33, False),
+    "gelu of the last block": (40, 64, 2, 2, 32, True),
+    "gelu of the first block": (40, 64, 3, 2, 21, False),
+    "end": (700, 32, 1, 1, 4, True),
+}
+
+
+def _config(V: int, C: int, layers: int, context: int, bias: bool) -> GPTConfig:
+    return GPTConfig(vocab_size=V, n_positions=context, n_embd=C, n_layer=layers, n_head=4, bias=bias)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """use_backend on a CPU. Triton's interpreter leaves its arguments to the garbage collector: called here at once."""
+
+    def choose(backend: str) -> None:
+        if backend == "eager":
+            return
+        if not INTERPRET:
+            pytest.skip("needs Triton's interpreter, which is not used where there is a GPU")
+        from triton.runtime.interpreter import GridExecutor
+
+        launch = GridExecutor.__call__
+
+        def launch_and_collect(self, *args, **options):
+            launch(self, *args, **options)
+            gc.collect()
+
+        monkeypatch.setattr(GridExecutor, "__call__", launch_and_collect)
+        gc.collect()
+        gc.freeze()
+
+    yield choose
+    gc.unfreeze()
+
+
+def _kept_by_autograd(model: GPT, idx: torch.Tensor, targets: torch.Tensor) -> int:
+    """Bytes of the storages, each once, that the forward pass keeps beside the parameters."""
+    theirs = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in theirs:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(idx, targets)[1]
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activations_are_what_autograd_keeps(backend, dtype, bias, runs):
+    runs(backend)
+    config = _config(300, 32, 2, 16, bias)
+    idx, targets = (torch.randint(300, (2, 16)) for _ in range(2))
+    with use_backend(backend):
+        kept = _kept_by_autograd(GPT(config, dtype), idx, targets)
+    predicted = memory(config, 2, 16, dtype, backend, card=0).activations
+    if backend == "triton":
+        assert predicted == kept
+    elif dtype == torch.float32:
+        assert predicted == kept - 4  # the sum of the classes' weights, a scalar
+    else:  # on a CPU eager keeps statistics in `dtype`: 5 LayerNorms, 32 rows, mean and rstd
+        assert predicted == kept - 4 + 5 * 32 * 2 * 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_peak_of_a_training_step(backend, dtype, shape, runs):
+    runs(backend)
+    V, C, layers, batch, context, bias = SHAPES[shape]
+    config = _config(V, C, layers, context, bias)
+    predicted = memory(config, batch, context, dtype, backend, card=0)
+    state = predicted.parameters + predicted.optimizer  # exact, and large: what comes and goes is compared without it
+    measured = step_peak(config, batch, context, dtype, backend, CPU)
+    if backend == "triton" and dtype == torch.float16 and shape == "loss, forward, in two chunks":
+        measured -= 4 * 128 * (V + C)  # a CPU multiplies in float32: copies of a chunk of logits and of its input
+    needed = predicted.peak - state
+    if backend == "triton" and dtype == torch.float16 and shape == "loss, backward":
+        copies = 4 * 32 * (V + C)  # those copies lift the forward pass over the backward pass, by less than their size
+        assert 0.98 * needed <= measured - state <= 1.02 * needed + copies
+    else:
+        assert needed == pytest.approx(measured - state, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_peak_of_a_training_step_on_a_gpu(backend, dtype, device):
+    config = _config(20000, 256, 4, 256, bias=True)
+    card = torch.cuda.get_device_properties(device).total_memory
+    for batch in (1, 8, 64):
+        predicted = memory(config, batch, 256, dtype, backend, card=card)
+        assert predicted.peak == pytest.approx(step_peak(config, batch, 256, dtype, backend, device), rel=0.05)
+
+
+def test_parameters_gradients_and_moments_are_those_of_a_step():
+    config = _config(300, 32, 2, 16, bias=True)
+    model = GPT(config)
+    optimizer = optim.adamw(model, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
+    optimizer.step()
+    predicted = memory(config, 1, 4, torch.bfloat16)
+    assert predicted.parameters == sum(p.nbytes for p in model.parameters())
+    assert predicted.gradients == sum(p.grad.nbytes for p in model.parameters())
+    states = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    assert predicted.optimizer == sum(t.nbytes for t in states)
+
+
+def test_scratch_is_the_chunk_of_logits_that_the_kernel_takes(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    for gib in (0, 6, 24, 80):
+        properties = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        for M, V, size in ((1, 10, 4), (100, 300, 2), (5000, 50257, 2), (65536, 50257, 2), (65536, 50304, 4)):
+            row_bytes = -(-V // 64) * 64 * size
+            rows = min(M, chunk_rows(M, row_bytes, cuda))
+            assert accounting._scratch(M, V, size, gib * 2**30) == rows * row_bytes, (gib, M, V)
+
+
+def test_a_card_that_is_not_named_is_a_large_one():
+    gpt2, step = PRESETS["gpt2"], (64, 1024, torch.bfloat16)
+    assert memory(gpt2, *step).peak == memory(gpt2, *step, card=64 * SCRATCH_BYTES).peak
+    assert memory(gpt2, *step).peak == memory(gpt2, *step, card=200 * 2**30).peak
+    assert memory(gpt2, *step).peak > memory(gpt2, *step, card=24 * 2**30).peak
+
+
+@pytest.mark.parametrize("name", ["embd_pdrop", "resid_pdrop", "attn_pdrop"])
+def test_memory_counts_no_dropout(name):
+    with pytest.raises(ValueError, match="without dropout"):
+        memory(replace(PRESETS["gpt2"], **{name: 0.1}), 1, 1024, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("preset", ["tiny", "gpt2", "gpt2-xl"])
+def test_largest_batch_fits_and_one_more_does_not(preset, backend):
+    config = PRESETS[preset]
+    for card in (12 * 2**30, 80 * 2**30):
+
+        def left(batch, card=card):
+            needs = memory(config, batch, config.n_positions, torch.bfloat16, backend, card=card)
+            return card - RESERVE - needs.peak - needs.gradients
+
+        batch = largest_batch(config, config.n_positions, torch.bfloat16, backend, card)
+        assert left(batch + 1) < 0
+        assert batch == 0 or left(batch) >= 0
+
+
+def test_no_batch_fits_a_card_that_is_too_small():
+    for card in (0, RESERVE, 6 * 2**30):
+        assert largest_batch(PRESETS["gpt2-large"], 1024, torch.bfloat16, "triton", card) == 0

@@ -1,103 +1,562 @@
-"""The benchmarks' own logic: turns and percentiles, reports, and refusals."""
+"""The benchmarks' ground: turns and clocks, reports, comparison, the budget, and refusals in words."""
 
+import dataclasses
 import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import kernels as kernel_bench
-from bench import report, timing, train_step
+from bench import compare as comparison
+from bench import gpu, record, roofline, timing
+from bench.record import CONTROL, Report, Row
+from kernels import __main__ as kernels_command
 from kernels import _proof
 from kernels._registry import all_specs
-from kernels._triton import HAS_TRITON
+from model.cli import UserError
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+PARAMS = {"op": "bias_gelu", "case": "M=8 N=16", "dtype": "float32", "mode": "forward"}
 
 
-def test_calls_take_turns_and_report_percentiles(monkeypatch):
+def _report(*rows: Row, **machine) -> Report:
+    found = Report.start(CPU)
+    found.machine.update(machine)
+    found.rows += rows
+    return found
+
+
+def _row(provider="eager", seconds=(1.0, 1.0, 1.0), op="bias_gelu", **metrics) -> Row:
+    return Row("kernels", {**PARAMS, "op": op}, provider, "wall", tuple(seconds), metrics)
+
+
+# ---- clocks
+
+
+def test_providers_take_turns_and_what_fails_is_said(monkeypatch):
     order = []
 
-    class Clock:
-        def time_ms(self, call):
-            call()
-            return float(len(order))
+    class Timer:
+        def __init__(self, statement, globals, num_threads):
+            self.call = globals["call"]
 
-    monkeypatch.setattr(timing, "_WallClock", Clock)
-    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    result = timing.measure(calls, torch.device("cpu"), seconds=0.0, warm_up=0)
-    assert "".join(order) == "ab" * 5
-    assert result["a"] == timing.Timing(p20_ms=pytest.approx(2.6), p50_ms=5.0, p80_ms=pytest.approx(7.4), runs=5)
+        def timeit(self, number):
+            self.call()
+            order.append(number)
+            return dataclasses.make_dataclass("M", ["mean"])(timing._WALL_SAMPLE / 4 if len(order) == 2 else 2.0)
 
-
-def test_a_report_replaces_the_one_before_whole(tmp_path):
-    path = tmp_path / "new" / "train.json"
-    for n in (1, 2):
-        report.write(path, "train", torch.device("cpu"), [{"n": n}])
-    written = json.loads(path.read_text())
-    assert written["schema"] == report.SCHEMA and written["rows"] == [{"n": 2}]
-    assert written["environment"]["torch"] == torch.__version__
-    assert [p.name for p in path.parent.iterdir()] == ["train.json"]
-
-
-def test_a_training_step_is_timed():
-    rows = list(train_step.run(torch.device("cpu"), "tiny", [1], 8, torch.float32, seconds=0.01))
-    assert [row.provider for row in rows] == ["eager", "compile"]
-    assert rows[0].error == "" and rows[0].tokens_per_s == pytest.approx(8 / rows[0].timing.p50_ms * 1e3)
-    json.dumps([row.as_dict() for row in rows])
+    monkeypatch.setattr(timing, "Timer", Timer)
+    monkeypatch.setattr(timing, "control", lambda device: lambda: order.append(CONTROL))
+    makers = {name: lambda name=name: lambda: order.append(name) for name in "ab"}
+    makers["broken"] = lambda: 1 / 0
+    measured = timing.measure(makers, CPU, "wall", seconds=0.0)
+    assert measured.failed == {"broken": "ZeroDivisionError: division by zero"}
+    assert measured.seconds == {name: (2.0,) * 5 for name in ("a", "b", CONTROL)}
+    turns = [entry for entry in order if isinstance(entry, str)]
+    assert turns[3:] == ["a", "b", CONTROL] * 5
+    assert order[:2] == ["a", 1] and order[6:10] == ["a", 4, "b", 1]  # a short call is repeated within a sample
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
-def test_a_case_is_timed_for_every_provider_and_a_failure_is_a_row(device, monkeypatch):
-    def no_compiler(fn, **options):
-        def fail(**inputs):
-            raise RuntimeError("no compiler\nand more")
+def test_what_fails_while_it_is_timed_leaves_the_others_their_rounds():
+    calls = iter(range(9))
 
-        return fail
+    def dies_later():
+        if next(calls) > 7:
+            raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    spec, case = all_specs()["causal_attention"], {"B": 1, "H": 2, "T": 16, "D": 8}
-    rows = list(kernel_bench._run_case(spec, case, torch.float32, device, seconds=0.0))
-    timed = {(row.mode, row.provider) for row in rows if not row.error}
-    assert {(mode, name) for mode in ("forward", "forward+backward") for name in ("triton", "eager")} <= timed
-    errors = {row.provider: row.error for row in rows if row.error}
-    assert errors["compile"] == "RuntimeError: no compiler"
-    row = next(row for row in rows if (row.mode, row.provider) == ("forward", "triton"))
-    assert row.gb_per_s == pytest.approx(4 * 16 * 16 * 4 / row.timing.p50_ms / 1e6)
-    assert row.tflop_per_s == pytest.approx(2 * 2 * 16 * 16 * 8 / row.timing.p50_ms / 1e9)
-    assert "no compiler" in report.kernel_line(rows[-1]) or "TFLOP/s" in report.kernel_line(row)
-    json.dumps([row.as_dict() for row in rows])
+    measured = timing.measure({"a": lambda: dies_later, "b": lambda: lambda: None}, CPU, "wall", seconds=0)
+    assert measured.failed == {"a": "OutOfMemoryError: out of memory"}
+    assert {name: len(samples) for name, samples in measured.seconds.items()} == {"b": 5, CONTROL: 5}
 
 
-def test_a_wrong_kernel_is_not_timed(device, monkeypatch):
-    spec = all_specs()["bias_gelu"]
-    monkeypatch.setattr(kernel_bench, "all_specs", lambda: {"bias_gelu": spec})
-    failing = _proof.Row("bias_gelu", spec.cases[0], torch.float32, "y", 1.0, 0.5)
-    monkeypatch.setattr(kernel_bench._proof, "prove", lambda *a, **k: iter([failing]))
-    (row,) = kernel_bench.run(device, [torch.float32], None)
-    assert row.error.startswith("not timed: 6 comparisons") and row.timing.runs == 0
+def test_a_measurement_of_this_cpu():
+    x = torch.randn(64, 64)
+    measured = timing.measure(
+        {"small": lambda: lambda: x + x, "large": lambda: lambda: x @ x @ x @ x}, CPU, "wall", seconds=0.01
+    )
+    assert set(measured.seconds) == {"small", "large", CONTROL}
+    rows = measured.rows("kernels", PARAMS, lambda provider, median: {"twice": 2 * median})
+    control = rows.pop()
+    assert control.provider == CONTROL and set(control.metrics) <= {"load"}
+    for row in rows:
+        assert row.metrics == {"twice": 2 * statistics.median(row.seconds)} and row.clock == "wall"
+        assert 5 <= len(row.seconds) <= 50 and min(row.seconds) > 0
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A GPU that is a number: `now` in ms. A call of `cost` takes cost ms, emptying the cache 0.5 ms."""
+
+    class Gpu:
+        now, captured = 0.0, None
+
+        def work(self, ms):
+            if self.captured is None:
+                self.now += ms
+            else:
+                self.captured.append(ms)
+
+    gpu_ = Gpu()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = gpu_.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    class Graph:
+        def __init__(self):
+            self.kernels = []
+
+        def replay(self):
+            gpu_.now += sum(self.kernels)
+
+    class Capture:
+        def __init__(self, graph, stream):
+            self.graph = graph
+
+        def __enter__(self):
+            gpu_.captured = self.graph.kernels
+
+        def __exit__(self, *error):
+            gpu_.captured = None
+
+    class Stream:
+        def __init__(self, device):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    flush = type("Flush", (), {"zero_": lambda self: gpu_.work(0.5)})()
+    monkeypatch.setattr(timing.torch, "empty", lambda *a, **k: flush)
+    for name, value in {"Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": Stream}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "control", lambda device: lambda: gpu_.work(1.0))
+    monkeypatch.setattr(timing, "machine_state", lambda device: {"watts": 100.0})
+    return gpu_
+
+
+@pytest.mark.parametrize("clock", ["events", "graph"])
+def test_what_is_timed_on_a_gpu_is_the_call_and_not_the_flush(clock, fake_cuda):
+    def prepared():
+        fake_cuda.work(50.0)  # the forward pass of a backward pass
+        return lambda: fake_cuda.work(0.25)
+
+    measured = timing.measure(
+        {"a": prepared, "b": lambda: lambda: fake_cuda.work(2.0)}, torch.device("cuda", 0), clock, seconds=0
+    )
+    medians = {name: statistics.median(samples) * 1e3 for name, samples in measured.seconds.items()}
+    assert medians == {"a": pytest.approx(0.25), "b": pytest.approx(2.0), CONTROL: pytest.approx(1.0)}
+    assert measured.state == {"watts": 100.0}
+    rows = {row.provider: row for row in measured.rows("kernels", PARAMS, lambda *_: {})}
+    assert ("host_ms" in rows["a"].metrics) == (clock == "events") and rows[CONTROL].metrics == {"watts": 100.0}
+
+
+# ---- reports
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "new" / "r.json"
+    rows = (
+        _row(seconds=(0.25, 0.5, 1.0), gb_per_s=3.0),
+        Row("kernels", PARAMS, "flex", "graph", error="RuntimeError: no"),
+    )
+    written = _report(*rows)
+    written.missing["liger"] = "not installed"
+    for _ in range(2):
+        written.write(path)
+    assert Report.read(path) == written
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+    data = json.loads(path.read_text())
+    assert data["schema"] == record.SCHEMA and data["machine_info"]["torch"] == torch.__version__
+    stats = data["benchmarks"][0]["stats"]
+    assert (stats["median"], stats["q1"], stats["q3"], stats["rounds"]) == (0.5, 0.375, 0.75, 3)
+
+
+def test_a_kill_while_writing_leaves_the_report_before(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    _report(_row()).write(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        _report(_row(), _row("compile")).write(path)
+    assert path.read_bytes() == before
+
+
+def test_pytest_benchmark_reads_ours(tmp_path):
+    path = tmp_path / "r.json"
+    _report(_row(), _row("compile", (2.0, 3.0, 4.0)), Row("kernels", PARAMS, "flex", error="no")).write(path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "compare", str(path), "--columns=median,iqr,outliers,rounds"],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[eager]" in done.stdout and "[compile]" in done.stdout and "3.0000" in done.stdout
+
+
+def test_ours_reads_pytest_benchmarks(tmp_path):
+    stats = {"min": 1.0, "q1": 2.0, "median": 3.0, "q3": 4.0, "max": 5.0}
+    theirs = {
+        "machine_info": {"node": "x", "cpu": {"brand_raw": "A CPU"}}, "commit_info": {"id": "abc"}, "datetime": "today",
+        "benchmarks": [
+            {"fullname": "t.py::a", "stats": {**stats, "data": [1.0, 3.0]}},
+            {"fullname": "t.py::b", "stats": stats},
+        ],
+    }  # fmt: skip
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(theirs))
+    read = Report.read(path)
+    assert [(row.group, row.seconds) for row in read.rows] == [
+        ("t.py::a wall", (1.0, 3.0)), ("t.py::b wall", (1.0, 2.0, 3.0, 4.0, 5.0)),
+    ]  # fmt: skip
+    assert read.device.startswith("A CPU")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"schema": 1, "benchmarks": [], "commit_info": {"id": "abc"}}', "report schema 1, and this version reads 2"),
+        ('{"schema": 2, "benchmarks": [{"group"', "not a whole report"),
+        ('{"schema": 2, "benchmarks": [{}]}', "is not a report of schema 2"),
+        ("[1, 2]", "it has no benchmarks"),
+        ("\xff", "is not a whole report"),
+    ],
+)
+@pytest.mark.parametrize("call", [["report"], ["compare", "whole.json"]])
+def test_a_file_that_is_no_report_is_refused(text, words, call, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _report(_row()).write(Path("whole.json"))
+    Path("bad.json").write_text(text)
+    assert words in _refusal([*call, "bad.json"], capsys)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path, capsys):
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe\x00")
+    assert "it is no text file" in _refusal(["report", str(tmp_path / "bad.json")], capsys)
+
+
+# ---- comparison
+
+STEADY = [1.00, 1.01, 0.99, 1.02, 0.98, 1.00, 1.01, 0.99, 1.00, 1.00, 1.01, 0.99]
+
+
+def _scaled(factor, samples=STEADY):
+    return tuple(factor * s for s in samples)
+
+
+def _compared(factor, control, **options):
+    a = _report(_row(seconds=_scaled(1)), _row(CONTROL, _scaled(0.5)))
+    b = _report(_row(seconds=_scaled(factor)), _row(CONTROL, _scaled(0.5 * control)))
+    (change,) = comparison.compare(a, b, **options).changes
+    return change
+
+
+@pytest.mark.parametrize(
+    "factor, control, verdict",
+    [
+        (1.0, 1.0, "same"), (1.3, 1.0, "slower"), (0.7, 1.0, "faster"),
+        (1.3, 1.3, "same"),  # the machine was slower
+        (0.7, 0.7, "same"),
+        (1.0, 1.3, "same"),  # only the control was: that proves nothing about the row
+        (1.06, 1.0, "unclear"),  # 6 % and the noise of 2 %
+    ],
+)  # fmt: skip
+def test_a_change_is_beyond_the_noise_and_beyond_the_machines(factor, control, verdict):
+    change = _compared(factor, control)
+    assert change.verdict == verdict
+    assert change.ratio == pytest.approx(factor) and change.drift == pytest.approx(control)
+    assert change.low < factor < change.high
+
+
+def test_the_threshold_is_the_callers():
+    assert _compared(1.3, 1.0, threshold=0.5).verdict == "same"
+    assert _compared(1.06, 1.0, threshold=0.005).verdict == "slower"
+
+
+def test_noise_alone_is_no_change():
+    noisy = [1.0, 2.0, 0.6, 1.4, 0.9, 3.0, 1.2, 0.7]
+    a, b = (_report(_row(seconds=_scaled(f, noisy)), _row(CONTROL, STEADY[:8])) for f in (1.0, 1.3))
+    assert [c.verdict for c in comparison.compare(a, b).changes] == ["unclear"]
+
+
+def test_the_median_lies_in_its_interval_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    hits, draws = 0, 2000
+    for _ in range(draws):
+        low, high = comparison.median_interval(torch.randn(30, generator=generator).tolist())
+        hits += low <= 0.0 <= high
+    assert 0.985 < hits / draws < 1.0
+    assert comparison.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+
+
+def test_what_got_fatter_and_what_is_gone():
+    a = _report(_row(peak_mib=100.0), _row("compile", peak_mib=100.0), _row("liger"), _row("fla"))
+    b = _report(
+        _row(peak_mib=102.5), _row("compile", peak_mib=100.4), _row("flex"),
+        Row("kernels", {k: v for k, v in PARAMS.items() if k != "mode"}, "liger", error="not timed: red"),
+    )  # fmt: skip
+    result = comparison.compare(a, b)
+    assert [change.row.provider for change in result.fatter] == ["eager"] and result.regressed
+    assert [(row.provider, error) for row, error in result.lost] == [("liger", "not timed: red")]
+    assert (result.only_a, result.only_b) == (1, 1)
+    text = comparison.text(a, b, result, threshold=0.05)
+    assert "100.0 -> 102.5 MiB" in text and "not timed: red" in text
+    only = comparison.compare(a, b, providers=["compile"])
+    assert len(only.changes) == 1 and not only.regressed
+
+
+@pytest.mark.parametrize("factor, code", [(1.0, None), (1.4, 1), (0.6, None)])
+def test_the_exit_code_says_whether_something_is_worse(factor, code, tmp_path, capsys):
+    paths = []
+    for f in (1.0, factor):
+        paths.append(str(tmp_path / f"{len(paths)}.json"))
+        _report(_row(seconds=_scaled(f)), _row(op="layer_norm", seconds=_scaled(1)), _row(CONTROL, STEADY)).write(
+            Path(paths[-1])
+        )
+    try:
+        command.main(["compare", *paths])
+        got = None
+    except SystemExit as stop:
+        got = stop.code
+    out = capsys.readouterr().out
+    assert got == code
+    assert ("slower by more than 5%: 1\n  kernels bias_gelu" in out) == (factor > 1)
+    assert ("faster by more than 5%: 1\n  kernels bias_gelu" in out) == (factor < 1)
+    assert "1.400 x (" in out if factor > 1 else True
+
+
+def test_reports_of_two_devices_are_compared_only_if_asked():
+    a, b = _report(_row(), device="A"), _report(_row(), device="B")
+    with pytest.raises(UserError, match=r"different devices: A, .* and B, .*\n.*--across-devices"):
+        comparison.compare(a, b)
+    assert len(comparison.compare(a, b, across_devices=True).changes) == 1
+    with pytest.raises(UserError, match="no measurement in common"):
+        comparison.compare(_report(_row()), _report(_row(op="layer_norm")))
+
+
+# ---- the budget
+
+
+class Clock:
+    """Seconds that pass when a job says so."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def _jobs(clock, *costs, guess=10):
+    def job(i, cost):
+        def run():
+            for part in range(2):
+                clock.now += cost / 2
+                yield [_row(f"{i}.{part}")]
+
+        return gpu.Job(f"job {i}", guess, run)
+
+    return [job(i, cost) for i, cost in enumerate(costs)]
+
+
+def _carried_out(tmp_path, jobs, clock, minutes):
+    found, said = _report(), []
+    gpu.carry_out(jobs, found, tmp_path / "r.json", gpu.Budget(minutes, clock), said.append)
+    assert Report.read(tmp_path / "r.json").rows == found.rows
+    return found, said
+
+
+def test_a_budget_is_kept_by_dropping_from_the_end(tmp_path):
+    clock = Clock()
+    found, said = _carried_out(tmp_path, _jobs(clock, 10, 10, 10, 10), clock, minutes=0.5)
+    assert [row.provider for row in found.rows] == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
+    assert found.dropped == ["job 3"] and clock.now == 30 and said[-1] == "dropped, 0 s left: job 3"
+
+
+def test_a_slow_machine_is_learned_from(tmp_path):
+    clock = Clock()
+    found, _ = _carried_out(tmp_path, _jobs(clock, 40, 40, 40, 40), clock, minutes=2)
+    # 40 s for 10 guessed: after the second job a third is expected to take 10 * (80 + 30) / (20 + 30) = 22 s of the 40
+    assert found.dropped == ["job 3"] and clock.now == 120
+
+
+def test_a_job_that_outlives_the_budget_is_stopped_after_its_group(tmp_path):
+    clock = Clock()
+    found, _ = _carried_out(tmp_path, _jobs(clock, 100, 1), clock, minutes=0.75)
+    assert [row.provider for row in found.rows] == ["0.0"]
+    assert found.dropped == ["job 0: from here on", "job 1"] and clock.now == 50
+
+
+def test_a_broken_job_costs_only_itself(tmp_path):
+    clock = Clock()
+
+    def broken():
+        yield [_row("before")]
+        raise RuntimeError("no such kernel\nand more")
+
+    jobs = [gpu.Job("broken", 1, broken), *_jobs(clock, 1)]
+    found, _ = _carried_out(tmp_path, jobs, clock, minutes=1)
+    assert [row.provider for row in found.rows] == ["before", "0.0", "0.1"]
+    assert found.dropped == ["broken: RuntimeError: no such kernel"]
+
+
+def test_a_kill_keeps_what_was_measured(tmp_path):
+    clock = Clock()
+
+    def killed():
+        yield [_row("kept")]
+        raise KeyboardInterrupt
+
+    found = _report()
+    with pytest.raises(KeyboardInterrupt):
+        gpu.carry_out([gpu.Job("k", 1, killed)], found, tmp_path / "r.json", gpu.Budget(1, clock), lambda text: None)
+    assert [row.provider for row in Report.read(tmp_path / "r.json").rows] == ["kept"]
+
+
+def _verdict(red=()):
+    rows = [_proof.Row(name, spec.cases[0], BF16, "y", 0.5, 1.0, case_dtype=BF16) for name, spec in all_specs().items()]
+    failures = [f"{name} is off" for name, _ in red]
+    return kernels_command.Verdict(rows, failures, set(red), 0, 1.0, "a GPU")
+
+
+@pytest.mark.parametrize("red", [(), (("layer_norm", BF16),)])
+def test_make_gpu_proves_first_and_measures_what_is_right(red, tmp_path, monkeypatch, capsys):
+    clock, asked = Clock(), {}
+
+    def kernels_run(device, dtypes, ops, missing, roofs, *, quick, gate, **options):
+        (op,), (dtype,) = ops, dtypes
+        clock.now += 1
+        asked[op, dtype, quick] = gate(all_specs()[op], dtype)
+        providers = ["eager", *([] if asked[op, dtype, quick] else ["triton"])]
+        yield [Row("kernels", {"op": op, "quick": quick}, name, "events", (0.001, 0.002)) for name in providers]
+
+    def train_run(device, preset, batches, *options, providers, **more):
+        clock.now += 5
+        yield [Row("train", {"batch": batches[0]}, name, "events", (0.1,)) for name in providers]
+
+    def generate_run(device, preset, batches, *options, **more):
+        clock.now += 5
+        yield [Row("generate", {"batch": batches[0]}, "triton", "events", (0.1,))]
+
+    monkeypatch.setattr(command, "_gpu_device", lambda: CPU)
+    monkeypatch.setattr(gpu.time, "monotonic", clock)
+    monkeypatch.setattr(gpu.Budget.__init__, "__defaults__", (clock,))
+    monkeypatch.setattr(gpu, "compile_all", lambda *a: (3, 3))
+    monkeypatch.setattr(gpu.kernels_command, "check", lambda *a, **k: _verdict(red))
+    monkeypatch.setattr(gpu.roofline, "measure", lambda *a: roofline.Roofs({65536: 1e-6}, {"bfloat16": 1e12}))
+    monkeypatch.setattr(gpu.kernels, "red", lambda spec, dtype, device: "asked again")
+    for module, run in ((gpu.kernels, kernels_run), (gpu.train_step, train_run), (gpu.generate, generate_run)):
+        monkeypatch.setattr(module, "run", run)
+    argv = ["gpu", "--out", str(tmp_path / "new"), "--minutes", "2"]
+    if red:
+        with pytest.raises(SystemExit) as stop:
+            command.main(argv)
+        assert stop.value.code == 1
+    else:
+        command.main(argv)
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+        "check.json",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
+    assert asked["layer_norm", BF16, True].startswith("not timed" if red else "")
+    assert asked["bias_gelu", BF16, True] == "" and asked["bias_gelu", torch.float16, True] == "asked again"
+    found = Report.read(tmp_path / "new" / "report.json")
+    assert {row.kind for row in found.rows} == {"kernels", "train", "generate"}
+    out = capsys.readouterr().out
+    summary = out[out.rindex("comparisons with float64") :].splitlines()
+    assert len(summary) < 60 and "triton" in out and "best other eager" in out
+    assert "[120 s left] training gpt2, batch 64" in out
+    assert _refusal(argv, capsys).endswith("name another file, or move that one away\n")
+
+
+def test_the_summary_stays_short():
+    rows = [_row("triton", op=f"op{i}") for i in range(90)]
+    found = _report(*rows)
+    found.dropped = [f"job {i}" for i in range(50)]
+    lines = gpu.summary(found, _verdict())
+    assert len(lines) < 60 and lines[0].startswith("7 comparisons")
+
+
+def test_what_a_case_launches_is_compiled(monkeypatch):
+    compiled = []
+
+    def compile_launch(launch, arch):
+        compiled.append(arch)
+        if len(compiled) == 1:
+            raise RuntimeError("no such register")
+
+    monkeypatch.setattr(gpu, "compile_launch", compile_launch)
+    monkeypatch.setattr(gpu, "unique", list)  # which asks the compiler, and this suite is interpreted
+    assert gpu._compile_case("layer_norm", torch.float32, 0, 90) == len(compiled) - 1 > 0
+    assert set(compiled) == {90}
+
+
+# ---- refusals
+
+
+def _refusal(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") <= 2, err
+    return err
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
         (["kernels", "--op", "nothing"], "there is no kernel 'nothing': choose from"),
+        (["kernels", "--provider", "cuda"], "there is no provider 'cuda': choose from"),
+        (["kernels", "--seconds", "0"], "--seconds must be above 0"),
+        (["kernels", "--dtype", "int8"], "int8"),
         (["train", "--preset", "gpt7"], "there is no preset 'gpt7'"),
-        (["train", "--context", "5000"], "--context from 1 to 1024"),
+        (["train", "--context", "5000"], "--context must lie in 1 to 1024"),
+        (["train", "--batch", "0"], "--batch must be at least 1"),
+        (["train", "--provider", "jax"], "there is no provider 'jax'"),
+        (["train", "--nanogpt", "."], "it has no model.py"),
+        (["generate", "--prompt", "1000", "--tokens", "500"], "1500 together, and the preset gpt2 has 1024"),
+        (["generate", "--provider", "vllm"], "there is no provider 'vllm'"),
+        (["memory", "--preset", "gpt7"], "there is no preset 'gpt7'"),
         (["static", "--arch", "11"], "--arch 11 is not known"),
+        (["report"], "name at least one report"),
+        (["report", "none.json"], "no such file or folder: none.json"),
+        (["compare", "none.json", "none.json"], "no such file or folder: none.json"),
+        (["report", "empty"], "there is no report in empty"),
+        (["kernels", "--out", "taken.json"], "taken.json exists: name another file"),
         (["nonsense"], "nonsense"),
     ],
 )
-def test_bad_arguments(argv, words, capsys, monkeypatch):
-    monkeypatch.setattr(command, "_gpu", lambda what: torch.device("cpu"))
-    with pytest.raises(SystemExit) as stop:
-        command.main(argv)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and words in err and err.count("\n") <= 2
+def test_bad_arguments(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("taken.json").write_text("{}")
+    assert words in _refusal(argv, capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
-@pytest.mark.parametrize("name", ["gpu", "kernels"])
-def test_without_a_gpu_one_line_says_so(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main([name])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and "needs an NVIDIA GPU" in err and err.count("\n") == 1
+def test_without_a_gpu_one_line_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    err = _refusal(["gpu"], capsys)
+    assert "needs an NVIDIA GPU" in err and err.count("\n") == 1 and not list(tmp_path.iterdir())

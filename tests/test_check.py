@@ -58,6 +58,16 @@ def test_quick_takes_the_first_case_and_one_dtype(specs):
     assert {row.case["M"] for row in whole.rows} == {64, 3} and {row.case["M"] for row in quick.rows} == {64}
 
 
+def test_a_check_out_of_time_has_given_every_kernel_its_turn_and_says_what_is_left(specs):
+    specs["scale"], specs["wrong"] = _scale_spec(1.0), dataclasses.replace(_scale_spec(1.001), name="wrong")
+    asked = iter([False, False, True])
+    verdict = command.check(["scale", "wrong"], [torch.float32], torch.device("cpu"), over=lambda: next(asked))
+    assert {row.kernel for row in verdict.rows} == {"scale", "wrong"}
+    assert verdict.red == {("wrong", torch.float32)}
+    assert verdict.left_out == 2 * len(_proof.FAMILIES) - 2 == verdict.as_dict()["left_out"]
+    assert f"no time for {verdict.left_out} cases" in verdict.line() and "FAILED" in verdict.line()
+
+
 def test_check_reports_a_kernel_that_raises_and_goes_on(specs, capsys):
     def broken(x):
         raise RuntimeError("no such register")

@@ -20,7 +20,7 @@ from model import generate as generate_module
 from model.cache import KVCache
 from model.cli import UserError, run
 from model.config import GPTConfig
-from model.generate import GenerateConfig, generate, main, next_logits, sample, stream_text
+from model.generate import GenerateConfig, generate, main, next_logits, prepare_for_decoding, sample, stream_text
 from model.gpt import GPT
 from model.tokenizer import CharTokenizer, GPT2Tokenizer
 
@@ -406,3 +406,22 @@ def test_command_refuses_a_folder_without_a_run(cli, tmp_path):
 def test_command_refuses_a_gpu_that_is_not_there(cli, run_folder):
     code, _, err = cli(run_folder, "--device", "cuda")
     assert code == 2 and "--device cpu" in err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_prepared_for_decoding_computes_the_same(dtype):
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    model = GPT(config, dtype).eval()
+    idx = torch.randint(50, (2, 12))
+    with torch.no_grad():
+        before = model(idx)[0]
+        assert prepare_for_decoding(model) is model
+        after = model(idx)[0]
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-6}[dtype]  # the tables of 16 bits are rounded before their sum
+    torch.testing.assert_close(after, before, rtol=0, atol=rounding * float(before.abs().max()))
+    wte, block = model.transformer.wte.weight, model.transformer.h[0]
+    assert wte.dtype == block.mlp.c_fc.weight.dtype == dtype and block.ln_1.weight.dtype == torch.float32
+    # by columns where a product with one row gains by it, by rows elsewhere
+    assert wte.stride() == (1, 50) and block.mlp.c_fc.weight.stride() == (1, 64)
+    assert block.mlp.c_proj.weight.stride() == (64, 1) and model.transformer.wpe.weight.stride() == (16, 1)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import report, static
+from bench import static
 from kernels._compile import launches, unknown_to_ptxas
 from kernels._launch import Launch
 from kernels._registry import all_specs
@@ -27,7 +27,7 @@ def _compiled(*argv):
 
 
 def _survey(folder, *options):
-    done = _compiled("-m", "bench", "static", *options, "--out", str(folder))
+    done = _compiled("-m", "bench", "static", *options, "--out", str(folder / "static.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((folder / "static.json").read_text())["rows"]
     assert rows and not any(row["problem"] for row in rows)
@@ -181,7 +181,7 @@ GOOD = dict(
 def test_a_problem_is_named(change, words):
     row = static.StaticRow(**{**GOOD, **change})
     assert (words in row.problem) if words else row.problem == ""
-    assert ("<-" in report.static_line(row)) == bool(words)
+    assert ("<-" in static.line(row)) == bool(words)
 
 
 def test_products_are_read_from_the_program():
