@@ -27,7 +27,7 @@ from model.gpt import GPT
 Call = Callable[[], Tensor]
 MIB, GIB = 2**20, 2**30
 BACKENDS: tuple[Backend, ...] = ("eager", "triton")
-ON_CPU = 2 * GIB  # a step that needs more takes a CPU minutes
+ON_CPU = 8 * GIB  # a step that needs more takes a CPU minutes
 
 
 def peak(call: Callable[[], object], device: torch.device) -> int:
@@ -108,7 +108,7 @@ def run(
     """Rows of kind "memory", a list for each batch: a training step without dropout, eager and triton.
 
     metrics, in MiB: the parts of accounting.Memory, predicted_mib, and peak_mib of a step that was run: where the
-    backend can run and the prediction fits the free memory (and 2 GiB of a CPU's). missing: is told why triton has no
+    backend can run and the prediction fits the free memory (and 8 GiB of a CPU's). missing: is told why triton has no
     peak; its prediction is then for a GPU of 64 GiB or more.
     """
     config = _without_dropout(preset)

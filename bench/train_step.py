@@ -115,6 +115,7 @@ def run(
         config = replace(PRESETS[preset], **(overrides or {}), embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
     except ValueError as error:
         raise UserError(f"{preset} cannot be changed so: {error}") from None
+    changed = {name: value for name, value in (overrides or {}).items() if value != getattr(PRESETS[preset], name)}
     names = []
     for name in providers or PROVIDERS:
         if reason := _absent(name, device, config, nanogpt):
@@ -122,7 +123,9 @@ def run(
         else:
             names.append(name)
     for batch in batches:
-        yield _group(_Task(config, batch, context, dtype, device, nanogpt), names, preset, seconds)
+        yield _group(
+            _Task(config, batch, context, dtype, device, nanogpt), names, {"preset": preset, **changed}, seconds
+        )
 
 
 def _absent(name: str, device: torch.device, config: GPTConfig, nanogpt: Path | None) -> str | None:
@@ -136,8 +139,8 @@ def _absent(name: str, device: torch.device, config: GPTConfig, nanogpt: Path | 
     return peer_models.unlike_transformers(config) if name.startswith("hf") else None
 
 
-def _group(task: _Task, names: Sequence[str], preset: str, seconds: float) -> list[Row]:
-    """The rows of one batch size."""
+def _group(task: _Task, names: Sequence[str], model: dict[str, Any], seconds: float) -> list[Row]:
+    """The rows of one batch size. model: the parameters that name it."""
     proof = _Proof()
     makers = {name: functools.partial(_prepare, name, task, proof) for name in names}
     measured, together = _measure(makers, task, seconds)
@@ -149,7 +152,7 @@ def _group(task: _Task, names: Sequence[str], preset: str, seconds: float) -> li
             found["mfu"] = accounting.mfu(found["tokens_per_s"], task.config, task.context, flops)
         return found | proof.metrics[provider]
 
-    params = {"preset": preset, "batch": task.batch, "context": task.context, "dtype": dtype_name(task.dtype)}
+    params = {**model, "batch": task.batch, "context": task.context, "dtype": dtype_name(task.dtype)}
     rows = measured.rows("train", params, metrics)
     return [replace(row, error=row.error.removeprefix("_Refused: ")) for row in rows]
 

@@ -9,7 +9,7 @@ from .add_layer_norm import add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
-from .gelu import bias_gelu
+from .gelu import bias_gelu, linear_gelu
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy, lm_logits
 
@@ -22,6 +22,7 @@ __all__ = [
     "decode_attention",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_gelu",
     "lm_logits",
     "residual_dropout_mask",
     "use_backend",

@@ -172,6 +172,18 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+    """y = gelu(x @ weight.T + bias), the bias added where it costs least: in our GELU, or in PyTorch's product.
+
+    x: (..., C), weight: (N, C), bias: (N,), both any floating dtype -> y: (..., N) in x.dtype.
+    """
+    weight, N = weight.to(x.dtype), weight.shape[0]
+    if use_triton("bias_gelu", x, N=N, bias=bias is not None, approximate=approximate):
+        return bias_gelu(F.linear(x, weight), bias, approximate)
+    h = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return F.gelu(h, approximate=approximate)
+
+
 def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:
     M, N = case["M"], case["N"]
     x = draw.normal(M, N) * 2

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from kernels import (
     add_layer_norm,
-    bias_gelu,
     causal_attention,
     decode_attention,
     layer_norm,
     linear_cross_entropy,
+    linear_gelu,
     lm_logits,
 )
 from model.cache import KVCache
@@ -182,8 +182,8 @@ class MLP(nn.Module):
         self.approximate = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        h = F.linear(x, self.c_fc.weight.to(x.dtype))  # (B, T, 4C); its bias is added by the GELU kernel
-        return self.c_proj(bias_gelu(h, self.c_fc.bias, self.approximate))
+        h = linear_gelu(x, self.c_fc.weight, self.c_fc.bias, self.approximate)  # (B, T, 4C)
+        return self.c_proj(h)
 
 
 class Linear(nn.Linear):

@@ -52,7 +52,8 @@ def test_a_training_step_is_timed_and_its_memory_measured():
     assert missing.keys() == {"triton", "triton+graph", "hf+liger", "nanogpt"}
     assert missing["triton"] == "needs a CUDA device" and "nanoGPT" in missing["nanogpt"]
     eager = rows["eager"]
-    assert eager.group == "tiny batch=2 context=16 float32 wall"
+    changed = " ".join(f"{name}={value}" for name, value in SMALL.items())
+    assert eager.group == f"tiny {changed} batch=2 context=16 float32 wall"
     assert eager.metrics["tokens_per_s"] == pytest.approx(32 / eager.ms() * 1e3) and eager.metrics["interleaved"] == 1
     assert "mfu" not in eager.metrics and "predicted_mib" not in rows["hf"].metrics
     sizes = {name.removesuffix("_mib"): size for name, size in eager.metrics.items() if name.endswith("_mib")}
