@@ -5,6 +5,10 @@
 Each median has a distribution-free interval from its order statistics (the binomial one: David and Nagaraja, "Order
 Statistics", 2003, section 7.1). A row has changed where both ratios' whole intervals lie beyond the threshold: a busy
 or hot machine slows the control too, and a lucky control alone changes nothing.
+
+Two processes differ in more than their samples show: where their memory lies, who else runs. How much is read off the
+rows themselves, of which a change of code moves few, or all alike: a row must also stand out by SCATTERS robust
+deviations of all rows' logarithms (1.4826 times the median absolute deviation), if there are enough rows to tell.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bench.record import CONTROL, Report, Row
@@ -22,6 +26,7 @@ Verdict = Literal["slower", "faster", "same", "unclear"]
 CONFIDENCE = 0.99  # of one median's interval
 FATTER = 0.01  # memory is counted, not sampled: a hundredth is a change
 _FATTER_MIB = 1.0
+SCATTERS, ENOUGH = 4.0, 10
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it. lost: rows that had a time in A and have an error in B, as (row of A, the error)."""
+    """All of it. lost: rows that had a time in A and have an error in B, as (row of A, the error); noise: the change of
+    time that rows make between two runs of anything, 0.1 for 10 %, 0 where there are too few of them to tell.
+    """
 
     changes: list[Change]
     lost: list[tuple[Row, str]]
     only_a: int
     only_b: int
+    noise: float = 0.0
 
     def found(self, verdict: Verdict) -> list[Change]:
         """The changes with a verdict, the largest first."""
@@ -151,7 +159,22 @@ def compare(
     if not changes and not lost:
         raise UserError("the reports have no measurement in common: compare reports of the same command and options")
     only_b = sum(wanted(row) and not (key in rows_a and rows_a[key].seconds) for key, row in rows_b.items())
-    return Comparison(changes, lost, only_a, only_b)
+    noise = _noise(changes)
+    changes = [
+        replace(change, verdict="unclear")
+        if change.verdict in ("slower", "faster") and abs(math.log(change.ratio)) < math.log1p(noise)
+        else change
+        for change in changes
+    ]
+    return Comparison(changes, lost, only_a, only_b, noise)
+
+
+def _noise(changes: list[Change]) -> float:
+    if len(changes) < ENOUGH:
+        return 0.0
+    logs = [math.log(change.ratio / change.drift) for change in changes]
+    middle = statistics.median(logs)
+    return math.expm1(SCATTERS * 1.4826 * statistics.median(abs(x - middle) for x in logs))
 
 
 def _error_of(row: Row, errors: list[Row]) -> str | None:
@@ -172,6 +195,8 @@ def text(a: Report, b: Report, result: Comparison, *, threshold: float) -> str:
             f"the control, the same in both, took {statistics.median(drifts):.3f} x A's time in B "
             f"({min(drifts):.3f} to {max(drifts):.3f} over the groups)"
         )
+    if result.noise:
+        lines.append(f"rows scatter between the runs: less than {result.noise:.0%} by one row alone is no change")
     for verdict, word in (("slower", "slower"), ("faster", "faster")):
         found = result.found(verdict)  # type: ignore[arg-type]
         lines += ["", f"{word} by more than {threshold:.0%}: {len(found)}", *map(_time_line, found)]

@@ -12,7 +12,10 @@ forward pass of a backward pass, happens there, on the stream on which the call 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,10 +34,12 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 50
 METHOD = {
     "events": "CUDA events around one call, L2 overwritten before it, providers in turn",
     "graph": "ten calls in a CUDA graph, L2 overwritten before each, less the same graph without the calls, over ten",
-    "wall": "torch.utils.benchmark, a sample of at least 5 ms after two calls of warm-up, providers in turn",
+    "wall": "torch.utils.benchmark, a sample of at least 5 ms after two calls of warm-up, providers in turn, "
+    "freed memory kept by malloc",
     "interval": f"p50 of {MIN_ROUNDS} to {MAX_ROUNDS} rounds; p20 and p80 beside it; every sample in the report",
 }
 _IN_GRAPH = 10
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _WALL_SAMPLE = 5e-3
 
 
@@ -135,7 +140,21 @@ class _Timer:
         raise NotImplementedError
 
 
+def _keep_memory() -> None:
+    """Has glibc keep what is freed: else each large tensor is new pages, whose price depends on who else runs."""
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(option, value)
+
+
 class _Wall(_Timer):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        _keep_memory()
+
     def prepare(self, maker: Maker) -> tuple[Callable[[], float], float | None]:
         timer = Timer("call()", globals={"call": maker()}, num_threads=torch.get_num_threads())
         number = max(1, int(_WALL_SAMPLE / timer.timeit(1).mean))
