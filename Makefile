@@ -52,7 +52,9 @@ format: $(VENV)/.with-lint
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-gpu: $(VENV)/.with-core
+# EXTRAS=bench,hf installs the other libraries that ours is measured beside; without them they are named as missing.
+EXTRAS ?= core
+gpu: $(VENV)/.with-$(EXTRAS)
 	@$(BIN)/python -m bench gpu $(ARGS)
 
 # Compiles every kernel, every case, every precision for GPUs that need not be here: ten minutes of two cores.

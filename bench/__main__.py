@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -153,9 +154,9 @@ class Compare:
     """What got slower, faster or fatter from one report to another. Exit code 1 if anything is worse."""
 
     a: tyro.conf.Positional[Path]
-    """The report before; a file of pytest-benchmark will do."""
+    """The report before, or a folder of several runs; a file of pytest-benchmark will do."""
     b: tyro.conf.Positional[Path]
-    """The report after."""
+    """The report after, or a folder of several runs."""
     threshold: float = 5.0
     """Smallest change of time that counts, in percent."""
     provider: tuple[str, ...] = ()
@@ -212,13 +213,23 @@ def _new(out: Path | None) -> None:
         raise cli.UserError(f"{out} exists: name another file, or move that one away")
 
 
+def _command(args: list[str]) -> str:
+    """What was typed, without the paths of this machine."""
+    words = ["python", "-m", "bench"]
+    for before, word in zip(["", *args], args, strict=False):
+        if word != "--out" and before != "--out":
+            words.append("nanoGPT" if before == "--nanogpt" else word)
+    return shlex.join(words)
+
+
 class _Run:
     """A report that is printed and written as it is measured."""
 
     def __init__(self, device: torch.device, out: Path | None) -> None:
         _new(out)
         self.report, self.out = Report.start(device), out
-        self.report.method["clocks"] = {name: timing.METHOD[name] for name in (*timing.clocks(device), "interval")}
+        self.report.method |= {"command": _command(sys.argv[1:])}
+        self.report.method |= {name: timing.METHOD[name] for name in (*timing.clocks(device), "interval")}
 
     def collect(self, groups: Iterator[list[Row]], total: int) -> None:
         """Prints each row, writes after each group, and says in the end who is missing. total: groups to come."""
@@ -397,7 +408,7 @@ def _show(config: Show) -> None:
 
 def _compare(config: Compare) -> None:
     _positive(threshold=config.threshold)
-    a, b = Report.read(config.a), Report.read(config.b)
+    a, b = ([*_read((path,)).values()] for path in (config.a, config.b))
     threshold = config.threshold / 100
     result = comparison.compare(
         a, b, threshold=threshold, providers=config.provider, across_devices=config.across_devices

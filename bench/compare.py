@@ -1,4 +1,4 @@
-"""Two reports of one device: what got slower, faster, fatter, beyond the noise.
+"""Reports of two versions on one device: what got slower, faster, fatter, beyond the noise.
 
     ratio = median(B) / median(A)       of the times, and again of the times over the control's in the same round
 
@@ -6,9 +6,9 @@ Each median has a distribution-free interval from its order statistics (the bino
 Statistics", 2003, section 7.1). A row has changed where both ratios' whole intervals lie beyond the threshold: a busy
 or hot machine slows the control too, and a lucky control alone changes nothing.
 
-Two processes differ in more than their samples show: where their memory lies, who else runs. How much is read off the
-rows themselves, of which a change of code moves few, or all alike: a row must also stand out by SCATTERS robust
-deviations of all rows' logarithms (1.4826 times the median absolute deviation), if there are enough rows to tell.
+Two processes differ by more than their samples show: where their memory lies, who else runs. So a side may be several
+runs, best taken in turn with the other's: a row's interval then reaches from the lowest to the highest of its runs. And
+the control, which never changes, sets the least that counts: what it changed by in any group.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Literal
 from bench.record import CONTROL, Report, Row
 from model.cli import UserError
 
+Key = tuple[str, str, str]
 Verdict = Literal["slower", "faster", "same", "unclear"]
 CONFIDENCE = 0.99  # of one median's interval
 FATTER = 0.01  # memory is counted, not sampled: a hundredth is a change
 _FATTER_MIB = 1.0
-SCATTERS, ENOUGH = 4.0, 10
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it. lost: rows that had a time in A and have an error in B, as (row of A, the error); noise: the change of
-    time that rows make between two runs of anything, 0.1 for 10 %, 0 where there are too few of them to tell.
+    """All of it. lost: rows that had a time in A and have an error in B, as (row of A, the error); noise: the
+    change of time that the two runs make of anything, 0.1 for 10 %.
     """
 
     changes: list[Change]
@@ -94,21 +94,37 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float]:
     return ordered[k - 1], ordered[n - k]
 
 
-def _ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """median(b) / median(a), and the interval that follows from theirs."""
-    (low_a, high_a), (low_b, high_b) = median_interval(a), median_interval(b)
-    return statistics.median(b) / statistics.median(a), low_b / high_a, high_b / low_a
+Samples = Sequence[Sequence[float]]  # of each run of a side
 
 
-def _change(a: Row, b: Row, controls: tuple[Row | None, Row | None], threshold: float) -> Change:
-    ratio, low, high = _ratio(a.seconds, b.seconds)
+def _ratio(a: Samples, b: Samples) -> tuple[float, float, float]:
+    """Median of b's medians over a's, and the interval that follows from those of all runs."""
+    (low_a, high_a), (low_b, high_b) = (_reach(side) for side in (a, b))
+    return _middle(b) / _middle(a), low_b / high_a, high_b / low_a
+
+
+def _middle(side: Samples) -> float:
+    return statistics.median(statistics.median(run) for run in side)
+
+
+def _reach(side: Samples) -> tuple[float, float]:
+    intervals = [median_interval(run) for run in side]
+    return min(low for low, _ in intervals), max(high for _, high in intervals)
+
+
+def _change(a: list[Row], b: list[Row], control_a: list[Row], control_b: list[Row], threshold: float) -> Change:
+    """Rows of one key, a run each, and the controls of the same runs, or none."""
+    times = [row.seconds for row in a], [row.seconds for row in b]
+    ratio, low, high = _ratio(*times)
     intervals, drift = [(low, high)], 1.0
-    control_a, control_b = controls
-    if control_a is not None and control_b is not None:
-        drift = statistics.median(control_b.seconds) / statistics.median(control_a.seconds)
+    if len(control_a) == len(a) and len(control_b) == len(b):
+        drift = _middle([row.seconds for row in control_b]) / _middle([row.seconds for row in control_a])
         relative = [
-            [t / c for t, c in zip(row.seconds, control.seconds, strict=False)]
-            for row, control in ((a, control_a), (b, control_b))
+            [
+                [t / c for t, c in zip(row.seconds, control.seconds, strict=False)]
+                for row, control in zip(rows, controls, strict=True)
+            ]
+            for rows, controls in ((a, control_a), (b, control_b))
         ]
         intervals.append(_ratio(*relative)[1:])
     verdict: Verdict = "unclear"
@@ -118,63 +134,68 @@ def _change(a: Row, b: Row, controls: tuple[Row | None, Row | None], threshold: 
         verdict = "faster"
     elif any(1 / (1 + threshold) <= low and high <= 1 + threshold for low, high in intervals):
         verdict = "same"
-    memory = (
-        (a.metrics["peak_mib"], b.metrics["peak_mib"]) if "peak_mib" in a.metrics.keys() & b.metrics.keys() else None
-    )
-    return Change(b, ratio, low, high, drift, a.ms(), b.ms(), verdict, memory)
+    peaks = [[row.metrics["peak_mib"] for row in rows if "peak_mib" in row.metrics] for rows in (a, b)]
+    memory = (min(peaks[0]), min(peaks[1])) if all(peaks) else None
+    before, after = (1e3 * _middle(side) for side in times)
+    return Change(b[0], ratio, low, high, drift, before, after, verdict, memory)
 
 
 def compare(
-    a: Report, b: Report, *, threshold: float = 0.05, providers: Sequence[str] = (), across_devices: bool = False
+    a: Sequence[Report],
+    b: Sequence[Report],
+    *,
+    threshold: float = 0.05,
+    providers: Sequence[str] = (),
+    across_devices: bool = False,
 ) -> Comparison:
-    """Sets two reports side by side. threshold: the smallest change of time that counts, 0.05 for 5 %. providers: only
-    these. UserError for reports of different devices, unless that is asked for, and for reports without a common row.
+    """Sets two versions side by side, each by one run or more. threshold: the smallest change of time that counts, 0.05
+    for 5 %. providers: only these. UserError for reports of different devices, unless that is asked for, and for
+    reports without a common row.
     """
-    if a.device != b.device and not across_devices:
+    devices = sorted({report.device for report in (*a, *b)})
+    if len(devices) > 1 and not across_devices:
         raise UserError(
-            f"the reports are of different devices: {a.device}, and {b.device}\n"
+            f"the reports are of different devices: {'; '.join(devices)}\n"
             f"that compares machines, not versions: say --across-devices if it is what you want"
         )
-    rows_a, rows_b = ({row.key: row for row in report.rows} for report in (a, b))
+    rows_a, rows_b = _timed(a), _timed(b)
+    errors = [row for report in b for row in report.rows if row.error]
 
-    def control(rows: dict[tuple[str, str, str], Row], row: Row) -> Row | None:
-        return rows.get((row.kind, row.group, CONTROL))
+    def wanted(key: Key) -> bool:
+        return key[2] != CONTROL and (not providers or key[2] in providers)
 
-    def wanted(row: Row) -> bool:
-        return bool(row.seconds) and row.provider != CONTROL and (not providers or row.provider in providers)
-
-    errors = [row for row in b.rows if row.error]
     changes, lost, only_a = [], [], 0
-    for key, row in rows_a.items():
-        if not wanted(row):
+    for key, rows in rows_a.items():
+        if not wanted(key):
             continue
-        other = rows_b.get(key)
-        if other is not None and other.seconds:
-            controls = control(rows_a, row), control(rows_b, other)
-            changes.append(_change(row, other, controls, threshold))
-        elif (error := _error_of(row, errors)) is not None:
-            lost.append((row, error))
+        control = (*key[:2], CONTROL)
+        if key in rows_b:
+            controls = rows_a.get(control, []), rows_b.get(control, [])
+            changes.append(_change(rows, rows_b[key], *controls, threshold))
+        elif (error := _error_of(rows[0], errors)) is not None:
+            lost.append((rows[0], error))
         else:
             only_a += 1
     if not changes and not lost:
         raise UserError("the reports have no measurement in common: compare reports of the same command and options")
-    only_b = sum(wanted(row) and not (key in rows_a and rows_a[key].seconds) for key, row in rows_b.items())
-    noise = _noise(changes)
+    noise = math.expm1(max((abs(math.log(change.drift)) for change in changes), default=0.0))
     changes = [
         replace(change, verdict="unclear")
         if change.verdict in ("slower", "faster") and abs(math.log(change.ratio)) < math.log1p(noise)
         else change
         for change in changes
     ]
-    return Comparison(changes, lost, only_a, only_b, noise)
+    return Comparison(changes, lost, only_a, sum(wanted(key) and key not in rows_a for key in rows_b), noise)
 
 
-def _noise(changes: list[Change]) -> float:
-    if len(changes) < ENOUGH:
-        return 0.0
-    logs = [math.log(change.ratio / change.drift) for change in changes]
-    middle = statistics.median(logs)
-    return math.expm1(SCATTERS * 1.4826 * statistics.median(abs(x - middle) for x in logs))
+def _timed(reports: Sequence[Report]) -> dict[Key, list[Row]]:
+    """Rows with a time, by key: one of each report that has it."""
+    found: dict[Key, list[Row]] = {}
+    for report in reports:
+        for row in report.rows:
+            if row.seconds:
+                found.setdefault(row.key, []).append(row)
+    return found
 
 
 def _error_of(row: Row, errors: list[Row]) -> str | None:
@@ -186,9 +207,9 @@ def _error_of(row: Row, errors: list[Row]) -> str | None:
     return None
 
 
-def text(a: Report, b: Report, result: Comparison, *, threshold: float) -> str:
+def text(a: Sequence[Report], b: Sequence[Report], result: Comparison, *, threshold: float) -> str:
     """The comparison as lines for a terminal, ready for Markdown's code fence."""
-    lines = [f"{name}  {_where(report)}" for name, report in (("A", a), ("B", b))]
+    lines = [f"{name}  {_where(report)}" for name, side in (("A", a), ("B", b)) for report in side]
     drifts = [change.drift for change in result.changes]
     if any(drift != 1.0 for drift in drifts):
         lines.append(
@@ -196,7 +217,11 @@ def text(a: Report, b: Report, result: Comparison, *, threshold: float) -> str:
             f"({min(drifts):.3f} to {max(drifts):.3f} over the groups)"
         )
     if result.noise:
-        lines.append(f"rows scatter between the runs: less than {result.noise:.0%} by one row alone is no change")
+        lines.append(f"the control changed by up to {result.noise:.0%}: less than that is no change")
+    if min(len(a), len(b)) == 1:
+        lines.append(
+            "one run of a side: what differs from process to process is not in the intervals (give folders of runs)"
+        )
     for verdict, word in (("slower", "slower"), ("faster", "faster")):
         found = result.found(verdict)  # type: ignore[arg-type]
         lines += ["", f"{word} by more than {threshold:.0%}: {len(found)}", *map(_time_line, found)]

@@ -236,7 +236,8 @@ def _readme_part(reports: Mapping[str, Report], kind: str) -> str:
         if shown := _readme_pick(report, kind):
             on_gpu |= not report.on_cpu
             versions = ", ".join(f"{n} {report.machine[n]}" for n in ("torch", "triton") if report.machine.get(n))
-            where = f"{_escape(report.device)}, {_escape(versions)}: `{_COMMANDS[kind]}`, [{name}]({name})"
+            command = report.method.get("command", _COMMANDS[kind])
+            where = f"{_escape(report.device)}, {_escape(versions)}: `{command}`, [{name}]({name})"
             parts.append(where)
             for table in shown:
                 parts += [

@@ -268,7 +268,7 @@ def _scaled(factor, samples=STEADY):
 def _compared(factor, control, **options):
     a = _report(_row(seconds=_scaled(1)), _row(CONTROL, _scaled(0.5)))
     b = _report(_row(seconds=_scaled(factor)), _row(CONTROL, _scaled(0.5 * control)))
-    (change,) = comparison.compare(a, b, **options).changes
+    (change,) = comparison.compare([a], [b], **options).changes
     return change
 
 
@@ -297,7 +297,37 @@ def test_the_threshold_is_the_callers():
 def test_noise_alone_is_no_change():
     noisy = [1.0, 2.0, 0.6, 1.4, 0.9, 3.0, 1.2, 0.7]
     a, b = (_report(_row(seconds=_scaled(f, noisy)), _row(CONTROL, STEADY[:8])) for f in (1.0, 1.3))
-    assert [c.verdict for c in comparison.compare(a, b).changes] == ["unclear"]
+    assert [c.verdict for c in comparison.compare([a], [b]).changes] == ["unclear"]
+
+
+def _twenty(factors, controls):
+    """Two reports of twenty rows, each in a group of its own, B's times being A's by these factors."""
+    a, b = _report(), _report()
+    for i, (factor, drift) in enumerate(zip(factors, controls, strict=True)):
+        a.rows += [_row(op=f"op{i}", seconds=STEADY), _row(CONTROL, STEADY, op=f"op{i}")]
+        b.rows += [_row(op=f"op{i}", seconds=_scaled(factor)), _row(CONTROL, _scaled(drift), op=f"op{i}")]
+    return comparison.compare([a], [b])
+
+
+def test_several_runs_show_what_differs_between_processes(tmp_path, capsys):
+    def side(*factors):
+        return [_report(_row(seconds=_scaled(f)), _row(CONTROL, STEADY)) for f in factors]
+
+    assert comparison.compare(side(1.0), side(1.3)).found("slower")
+    assert not comparison.compare(side(1.0, 1.28), side(1.3, 1.0)).found("slower")  # runs of one code differ as much
+    (change,) = comparison.compare(side(1.0, 1.1), side(1.5, 1.4, 1.6)).found("slower")
+    assert change.ratio == pytest.approx(1.5 / 1.05) and change.low < 1.4 / 1.1 < 1.6 < change.high
+    for name, reports in (("before", side(1.0, 1.1)), ("after", side(1.5, 1.4))):
+        for i, found in enumerate(reports):
+            found.write(tmp_path / name / f"{i}.json")
+    with pytest.raises(SystemExit):
+        command.main(["compare", str(tmp_path / "before"), str(tmp_path / "after")])
+    assert "one run of a side" not in capsys.readouterr().out
+
+
+def test_a_row_must_change_by_more_than_the_control_ever_did():
+    assert not _twenty([1.0] * 19 + [1.4], [1.5] + [1.0] * 19).found("slower")
+    assert len(_twenty([1.0] * 19 + [1.6], [1.5] + [1.0] * 19).found("slower")) == 1
 
 
 def test_the_median_lies_in_its_interval_as_often_as_it_says():
@@ -316,13 +346,13 @@ def test_what_got_fatter_and_what_is_gone():
         _row(peak_mib=102.5), _row("compile", peak_mib=100.4), _row("flex"),
         Row("kernels", {k: v for k, v in PARAMS.items() if k != "mode"}, "liger", error="not timed: red"),
     )  # fmt: skip
-    result = comparison.compare(a, b)
+    result = comparison.compare([a], [b])
     assert [change.row.provider for change in result.fatter] == ["eager"] and result.regressed
     assert [(row.provider, error) for row, error in result.lost] == [("liger", "not timed: red")]
     assert (result.only_a, result.only_b) == (1, 1)
-    text = comparison.text(a, b, result, threshold=0.05)
+    text = comparison.text([a], [b], result, threshold=0.05)
     assert "100.0 -> 102.5 MiB" in text and "not timed: red" in text
-    only = comparison.compare(a, b, providers=["compile"])
+    only = comparison.compare([a], [b], providers=["compile"])
     assert len(only.changes) == 1 and not only.regressed
 
 
@@ -348,11 +378,11 @@ def test_the_exit_code_says_whether_something_is_worse(factor, code, tmp_path, c
 
 def test_reports_of_two_devices_are_compared_only_if_asked():
     a, b = _report(_row(), device="A"), _report(_row(), device="B")
-    with pytest.raises(UserError, match=r"different devices: A, .* and B, .*\n.*--across-devices"):
-        comparison.compare(a, b)
-    assert len(comparison.compare(a, b, across_devices=True).changes) == 1
+    with pytest.raises(UserError, match=r"different devices: A, .*; B, .*\n.*--across-devices"):
+        comparison.compare([a], [b])
+    assert len(comparison.compare([a], [b], across_devices=True).changes) == 1
     with pytest.raises(UserError, match="no measurement in common"):
-        comparison.compare(_report(_row()), _report(_row(op="layer_norm")))
+        comparison.compare([_report(_row())], [_report(_row(op="layer_norm"))])
 
 
 # ---- the budget
@@ -514,6 +544,11 @@ def test_what_a_case_launches_is_compiled(monkeypatch):
 
 
 # ---- refusals
+
+
+def test_a_report_keeps_the_command_and_no_path_of_the_machine():
+    typed = ["train", "--nanogpt", "/home/someone/nanoGPT", "--batch", "4", "--out", "/home/someone/t.json"]
+    assert command._command(typed) == "python -m bench train --nanogpt nanoGPT --batch 4"
 
 
 def _refusal(argv, capsys):

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import report
+from bench.record import Report
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+REPORTS = sorted((ROOT / "bench" / "results").rglob("*.json"))
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 TREE = README.split("## What is where")[1].split("```text\n")[1].split("```")[0]
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
@@ -25,7 +29,11 @@ SHORTER = {
     "python -m model.generate": ["--tokens", "20"],
     "python -m kernels check": ["--op", "bias_gelu", "--dtype", "float32"],
     "python -m bench static": ["--op", "bias_gelu", "--bench-only"],
-    "python -m bench train": ["--batch", "1", "--context", "8", "--seconds", "0.01"],
+    "python -m bench kernels": ["--op", "bias_gelu", "--quick", "--provider", "eager", "--seconds", "0.01"],
+    "python -m bench train": ["--batch", "1", "--context", "8", "--provider", "eager", "hf", "--seconds", "0.01"],
+    "python -m bench generate": ["--batch", "1", "--seconds", "0.01"],
+    "python -m bench memory": ["--preset", "tiny", "--batch", "1"],
+    "pytest bench/micro.py": ["-p", "no:cacheprovider", "-k", "layer_norm-forward", "--benchmark-max-time=0.01"],
 }
 MAKE = {
     "make train": "python train.py",
@@ -50,6 +58,8 @@ def folder(tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     text = "CHAPTER I. A dog and a cat\n\n" + "The dog saw the cat, and the cat saw the dog.\n" * 60
     (folder / "corpus.txt").write_text(text)
+    for name in ("before.json", "after.json"):
+        (folder / name).symlink_to(min(REPORTS))
     done = _run([sys.executable, "train.py", *TINY, "--steps", "2", "--data", "corpus.txt"], folder)
     assert done.returncode == 0, done.stderr
     assert (folder / "runs" / "tiny").is_dir()
@@ -67,9 +77,9 @@ def test_every_command_of_the_readme_runs(command, folder):
         assert done.returncode == 0 and f".venv/bin/{MAKE[command]}" in done.stdout, done.stdout + done.stderr
         return
     argv = shlex.split(command)
-    assert argv[0] == "python", f"no test knows how to run {command!r}"
+    assert argv[0] in ("python", "pytest"), f"no test knows how to run {command!r}"
     extra = next((more for start, more in SHORTER.items() if command.startswith(start)), [])
-    done = _run([sys.executable, *argv[1:], *extra], folder)
+    done = _run([sys.executable, *(["-m", "pytest"] if argv[0] == "pytest" else []), *argv[1:], *extra], folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()
 
@@ -91,6 +101,13 @@ def test_every_python_file_is_in_the_tree():
     for folder in ("kernels", "model"):
         for path in (ROOT / folder).glob("*.py"):
             assert path.name == "__init__.py" or path.name in TREE, f"{folder}/{path.name}"
+
+
+def test_the_tables_are_those_of_the_committed_reports():
+    reports = {p.relative_to(ROOT).as_posix(): Report.read(p) for p in REPORTS}
+    assert reports and report.update_readme(README, report.readme_tables(reports)) == README, (
+        "run: python -m bench report bench/results --readme README.md"
+    )
 
 
 def test_gpt2_has_the_parameters_that_the_readme_says():
