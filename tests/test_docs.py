@@ -46,7 +46,8 @@ MAKE = {
 
 
 def _run(argv, cwd):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    ours = ("TRITON_INTERPRET", "PYTEST_")  # set for this suite, and not for a reader
+    env = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 
 
