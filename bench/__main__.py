@@ -278,7 +278,7 @@ def _train(config: Train) -> None:
         raise cli.UserError(f"{config.nanogpt} is no checkout of nanoGPT: it has no model.py")
     device = _device()
     run = _Run(device, config.out)
-    overrides = {"bias": config.bias} | ({"vocab_size": config.vocab_size} if config.vocab_size else {})
+    overrides = {"bias": config.bias} | ({} if config.vocab_size is None else {"vocab_size": config.vocab_size})
     run.collect(
         train_step.run(
             device, config.preset, list(config.batch), context, _dtype(config.dtype, device), run.report.missing,

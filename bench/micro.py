@@ -25,7 +25,7 @@ SETTINGS = {"warmup": True, "warmup_iterations": 3, "max_time": 0.5, "min_rounds
 
 @pytest.fixture(autouse=True)
 def settings(benchmark):
-    """What pytest-benchmark compares runs by."""
+    """Kept beside the times."""
     benchmark.extra_info["torch"] = torch.__version__
 
 

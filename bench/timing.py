@@ -12,6 +12,7 @@ forward pass of a backward pass, happens there, on the stream on which the call 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import ctypes
 import statistics
@@ -82,7 +83,8 @@ def measure(makers: Mapping[str, Maker], device: torch.device, clock: str, *, se
     """Times each provider for about `seconds`, by turns, so that a drifting clock hits all alike; one more provider,
     "control", is timed among them. What cannot be made or run is in `failed`, and the others go on.
     """
-    timer: _Timer = {"events": _Events, "graph": _Graph, "wall": _Wall}[clock](device)
+    kinds: dict[str, Callable[[torch.device], _Timer]] = {"events": _Events, "graph": _Graph, "wall": _Wall}
+    timer = kinds[clock](device)
     measured = Measured(clock)
     samples: dict[str, list[float]] = {}
     ready: dict[str, Callable[[], float]] = {}
@@ -127,17 +129,17 @@ def control(device: torch.device) -> Call:
     return call
 
 
-class _Timer:
+class _Timer(abc.ABC):
     """prepare: maker -> (a function that takes one sample in seconds, host seconds or None)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def new_round(self) -> None:
-        pass
+    def new_round(self) -> None:  # noqa: B027 - only graphs have something to do
+        """Before each round."""
 
-    def prepare(self, maker: Maker) -> tuple[Callable[[], float], float | None]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def prepare(self, maker: Maker) -> tuple[Callable[[], float], float | None]: ...
 
 
 def _keep_memory() -> None:

@@ -569,6 +569,7 @@ def _refusal(argv, capsys):
         (["train", "--preset", "gpt7"], "there is no preset 'gpt7'"),
         (["train", "--context", "5000"], "--context must lie in 1 to 1024"),
         (["train", "--batch", "0"], "--batch must be at least 1"),
+        (["train", "--vocab-size", "0"], "vocab_size must be a whole number of at least 1"),
         (["train", "--provider", "jax"], "there is no provider 'jax'"),
         (["train", "--nanogpt", "."], "it has no model.py"),
         (["generate", "--prompt", "1000", "--tokens", "500"], "1500 together, and the preset gpt2 has 1024"),
