@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test lint format gpu static fuzz mutants clean
+.PHONY: help train test lint format gpu static fuzz mutants faults clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make static  what every kernel compiles to, for sm_80, sm_90 and sm_100 (no GPU is used)"
 	@echo "make fuzz    random cases for every kernel, EXAMPLES=300 of them each; the suite has a few, the same every time"
 	@echo "make mutants breaks the kernels by hand, one line at a time, and sees the suite turn red"
+	@echo "make faults  kills a training run at 50 random moments, fills its disk, damages its checkpoints"
 	@echo "make lint    format check, lint, types        make format   rewrite in house style"
 	@echo "ARGS=... is passed on:  make train ARGS='--steps 500'   make test ARGS='-k layer_norm'"
 
@@ -42,6 +43,9 @@ fuzz: $(VENV)/.with-test
 
 mutants: $(VENV)/.with-test
 	@$(BIN)/python tests/mutants.py $(ARGS)
+
+faults: $(VENV)/.with-test
+	@$(BIN)/python -m pytest -q -m long tests/test_faults.py $(ARGS)
 
 lint: $(VENV)/.with-lint
 	@$(BIN)/ruff format --check .

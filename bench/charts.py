@@ -1,155 +1,24 @@
-"""Charts as inline SVG: ratios, fractions of the floor, roofline, ladder, memory.
+"""Charts of a report as inline SVG: ratios, fractions of the floor, roofline, ladder, memory.
 
-Each is drawn 340 units wide, so that its text stays at 11 pixels on a phone, and grows with its box. Colours are
-classes, which the page sets for light and dark; nothing is told by colour alone. What a chart shows is in a table too.
+Nothing is told by colour alone. What a chart shows is in a table too.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from xml.etree import ElementTree
+from collections.abc import Iterable
 
 from bench import tables
 from bench.record import Report, Row
-from bench.tables import TIMES, Group, between, num, times
+from bench.tables import TIMES, Group, between, times
+from model.svg import MARGIN, SHAPES, WIDTH, Canvas, Scale, cut, num, text_width
 
-WIDTH = 340
 MODES = ("forward", "backward", "both")
 CARDS_GB = (6, 8, 12, 16, 24, 40, 80)
-_LETTER = 6.9  # the width of one at 11 pixels, in a wide font
-_LINE = 15
-_MARGIN = 10
-_DIGITS = (
-    (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0),
-    (1.0, 1.5, 2.0, 3.0, 5.0),
-    (1.0, 2.0, 3.0, 5.0),
-    (1.0, 2.0, 5.0),
-    (1.0, 3.0),
-)
-_SHAPES = ("circle", "square", "up", "diamond", "down")
-
-
-@dataclass(frozen=True)
-class Scale:
-    """From numbers to places. low and high lie at start and end."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        bend: Callable[[float], float] = math.log if self.log else float
-        value = max(value, self.low) if self.log else value
-        share = (bend(value) - bend(self.low)) / (bend(self.high) - bend(self.low))
-        return self.start + share * (self.end - self.start)
-
-    def ticks(self, room: float) -> list[float]:
-        """Round numbers inside, at least `room` apart."""
-        if not self.log:
-            step = _round_up((self.high - self.low) * room / abs(self.end - self.start))
-            return [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step + 1e-9) + 1)]
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for digits in _DIGITS:
-            inside = [d * 10.0**k for k in powers for d in digits if self.low <= d * 10.0**k <= self.high]
-            if all(abs(self(b) - self(a)) >= room for a, b in itertools.pairwise(inside)):
-                return inside
-        every = next(n for n in range(1, 100) if n * abs(self(10 * self.low) - self(self.low)) >= room)
-        return [10.0**k for k in powers if k % every == 0 and self.low <= 10.0**k <= self.high]
-
-
-def _round_up(value: float) -> float:
-    """The next of 1, 2, 2.5, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(d * power for d in (1.0, 2.0, 2.5, 5.0, 10.0) if d * power >= value * (1 - 1e-9))
-
-
-class _Canvas:
-    """An SVG element in the making."""
-
-    def __init__(self, title: str, description: str) -> None:
-        self.root = ElementTree.Element("svg", {"role": "img", "class": "chart"})
-        self.add("title", text=title)
-        self.add("desc", text=description)
-
-    def add(self, tag: str, text: str = "", tip: str = "", **attributes: str | float) -> None:
-        named = {
-            name.rstrip("_").replace("_", "-"): v if isinstance(v, str) else f"{v:.1f}".removesuffix(".0")
-            for name, v in attributes.items()
-        }
-        element = ElementTree.SubElement(self.root, tag, named)
-        element.text = text or None
-        if tip:
-            ElementTree.SubElement(element, "title").text = tip
-
-    def write(self, x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> None:
-        self.add("text", text, x=x, y=y, text_anchor=anchor, class_=f"t {kind}".strip())
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
-        self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
-
-    def box(self, x1: float, x2: float, y: float, height: float, kind: str, tip: str = "") -> None:
-        self.add("rect", tip=tip, x=x1, y=y, width=max(x2 - x1, 0.5), height=height, class_=kind)
-
-    def dot(self, shape: str, x: float, y: float, kind: str, tip: str = "", r: float = 4) -> None:
-        if shape == "circle":
-            self.add("circle", tip=tip, cx=x, cy=y, r=r, class_=kind)
-            return
-        corners = {
-            "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)), "diamond": ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
-            "up": ((0, -1.2), (1.2, 1), (-1.2, 1)), "down": ((0, 1.2), (1.2, -1), (-1.2, -1)),
-            "bar": ((-0.35, -1.2), (0.35, -1.2), (0.35, 1.2), (-0.35, 1.2)),
-        }[shape]  # fmt: skip
-        points = " ".join(f"{x + a * r:.1f},{y + b * r:.1f}" for a, b in corners)
-        self.add("polygon", tip=tip, points=points, class_=kind)
-
-    def legend(self, entries: Iterable[tuple[str, str, str]], y: float) -> float:
-        """Symbols with their names, in as many lines as they need. entries: (shape, class, name). Returns the end."""
-        x = 4.0
-        for shape, kind, name in entries:
-            width = 14 + _width(name) + 10
-            if x > 4 and x + width > WIDTH:
-                x, y = 4.0, y + _LINE + 1
-            self.dot(shape, x + 5, y + 5, kind)
-            self.write(x + 14, y + 9, _cut(name, WIDTH - 20))
-            x += width
-        return y + _LINE + 1
-
-    def done(self, height: float) -> str:
-        """The element as text."""
-        self.root.set("viewBox", f"0 0 {WIDTH} {height:.0f}")
-        return ElementTree.tostring(self.root, encoding="unicode")
-
-
-def _width(text: str) -> float:
-    return len(text) * _LETTER
-
-
-def _cut(text: str, room: float) -> str:
-    letters = int(room / _LETTER + 1e-6)
-    return text if len(text) <= letters else f"{text[: letters - 1]}…"
 
 
 def _labels(names: Iterable[str], most: float = 136) -> float:
     """The room for a column of labels."""
-    return min(max(map(_width, names)), most) + 8
-
-
-def _axis(canvas: _Canvas, scale: Scale, top: float, bottom: float, unit: str = "") -> None:
-    """Ticks with their grid lines over top to bottom, and their labels below."""
-    for tick in scale.ticks(room=34):
-        canvas.line(scale(tick), top, scale(tick), bottom, "grid")
-        text = f"{_tick(tick)}{unit}"
-        x = min(scale(tick), WIDTH - _width(text) / 2)
-        canvas.write(x, bottom + 13, text, "middle", "quiet")
-
-
-def _tick(value: float) -> str:
-    return f"{value:,.10g}"
+    return min(max(map(text_width, names)), most) + 8
 
 
 # --- ratios and floors -----------------------------------------------------------------------------------------------
@@ -168,23 +37,23 @@ def ratios(found: list[Group], us: str, title: str) -> str:
     notes = {name: f"{sum(r.mark == 'win' for _, r, _ in dots[name])}/{len(dots[name])}" for name in names}
     lanes = sorted({lane for each in dots.values() for lane, _, _ in each})
     values = [v for each in dots.values() for _, r, _ in each for v in r]
-    left = max(_labels(names), _width("ours slower") + 5)  # room for it left of the line
+    left = max(_labels(names), text_width("ours slower") + 5)  # room for it left of the line
     height, top = 11 * len(lanes) + 7, 18.0
-    right = WIDTH - max(map(_width, notes.values())) - 12
+    right = WIDTH - max(map(text_width, notes.values())) - 12
     x = Scale(min(0.8, *values) / 1.08, max(1.25, *values) * 1.08, left + 4, right, log=True)
     bottom = top + height * len(names)
     words = "; ".join(f"{name}: ours faster in {note}" for name, note in notes.items())
-    canvas = _Canvas(title, f"Time of each competitor over ours, logarithmic; right of 1 ours is faster. {words}")
+    canvas = Canvas(title, f"Time of each competitor over ours, logarithmic; right of 1 ours is faster. {words}")
     for i in range(0, len(names), 2):
         canvas.box(0, WIDTH, top + i * height, height, "stripe")
-    _axis(canvas, x, top, bottom, TIMES)
+    canvas.x_axis(x, top, bottom, TIMES)
     canvas.line(x(1), top, x(1), bottom, "reference")
     canvas.write(x(1) - 5, 12, "ours slower", "end", "quiet")
     canvas.write(x(1) + 5, 12, "ours faster", "start", "quiet")
     shapes = {"win": "circle", "loss": "down", "tie": "bar"}
     for i, name in enumerate(names):
         start = top + i * height
-        canvas.write(left - 8, start + height / 2 + 4, _cut(name, left - 8), "end")
+        canvas.write(left - 8, start + height / 2 + 4, cut(name, left - 8), "end")
         canvas.write(WIDTH - 2, start + height / 2 + 4, notes[name], "end", "quiet")
         for lane, r, group in dots[name]:
             y = start + 9 + 11 * lanes.index(lane)
@@ -208,18 +77,18 @@ def floors(found: list[Group], us: str, title: str) -> str:
             shares.setdefault(group.get("op"), {}).setdefault(group.get("mode"), []).append((share, group))
     if not shares:
         return ""
-    canvas = _Canvas(title, "How near ours comes to the time that the measured roofs allow, in %; 100 is the roof.")
+    canvas = Canvas(title, "How near ours comes to the time that the measured roofs allow, in %; 100 is the roof.")
     every = [share for modes in shares.values() for pairs in modes.values() for share, _ in pairs]
     left, top = 68.0, 2.0
-    x = Scale(0, max(105, *every) * 1.02, left, WIDTH - _MARGIN)
+    x = Scale(0, max(105, *every) * 1.02, left, WIDTH - MARGIN)
     bottom = top + sum(20 + 15 * len(modes) for modes in shares.values())
-    _axis(canvas, x, top, bottom, " %")
+    canvas.x_axis(x, top, bottom, " %")
     y = top
     for op, modes in shares.items():
-        canvas.write(4, y + 14, _cut(op, WIDTH), kind="number")
+        canvas.write(4, y + 14, cut(op, WIDTH), kind="number")
         y += 20
         for mode, pairs in modes.items():
-            canvas.write(left - 6, y + 9, _cut(mode, left - 6), "end", "quiet")
+            canvas.write(left - 6, y + 9, cut(mode, left - 6), "end", "quiet")
             canvas.box(x(0), x(sum(share for share, _ in pairs) / len(pairs)), y, 10, "bar")
             for share, group in pairs:
                 canvas.dot("circle", x(share), y + 5, "point", f"{group.label()}: {num(share)} %", r=2.5)
@@ -249,27 +118,25 @@ def roofline(found: list[Group], report: Report, title: str) -> str:
     tops = [*roofs.values(), *(p[1] for p in every)]
     ridge = max(roofs.values(), default=max(tops)) * 1e12 / copy
     top, bottom = 10.0, 224.0
-    x = Scale(min(p[0] for p in every) / 2, max([ridge, *(p[0] for p in every)]) * 3, 44, WIDTH - _MARGIN, log=True)
+    x = Scale(min(p[0] for p in every) / 2, max([ridge, *(p[0] for p in every)]) * 3, 44, WIDTH - MARGIN, log=True)
     y = Scale(min(p[1] for p in every) / 2, max(tops) * 1.6, bottom, top, log=True)
     words = f"Copies move {num(copy / 1e9)} GB/s. " + " ".join(
         f"Products reach {num(r)} TFLOP/s in {d}." for d, r in roofs.items()
     )
-    canvas = _Canvas(title, words)
-    for tick in y.ticks(24):
-        canvas.line(44, y(tick), WIDTH - _MARGIN, y(tick), "grid")
-        canvas.write(40, y(tick) + 4, _tick(tick), "end", "quiet")
-    _axis(canvas, x, top, bottom)
+    canvas = Canvas(title, words)
+    canvas.y_axis(y, 44, WIDTH - MARGIN)
+    canvas.x_axis(x, top, bottom)
     for dtype, rate in roofs.items():
         start = max(x.low, rate * 1e12 / copy)
         canvas.line(x(start), y(rate), x(x.high), y(rate), "roof")
-        canvas.write(WIDTH - _MARGIN, y(rate) - 4, dtype, "end", "quiet")
+        canvas.write(WIDTH - MARGIN, y(rate) - 4, dtype, "end", "quiet")
     low = max(x.low, y.low * 1e12 / copy)
     canvas.line(x(low), y(low * copy / 1e12), x(ridge), y(ridge * copy / 1e12), "roof")
     for i, of_op in enumerate(points.values()):
         for intensity, rate, is_ours, tip in of_op:
-            canvas.dot(_SHAPES[i % len(_SHAPES)], x(intensity), y(rate), f"series{i % 5}" if is_ours else "peer", tip)
+            canvas.dot(SHAPES[i % len(SHAPES)], x(intensity), y(rate), f"series{i % 5}" if is_ours else "peer", tip)
     canvas.write((44 + WIDTH) / 2, bottom + 28, "FLOP a byte; TFLOP/s upwards", "middle", "quiet")
-    entries = [(_SHAPES[i % len(_SHAPES)], f"series{i % 5}", op) for i, op in enumerate(points)]
+    entries = [(SHAPES[i % len(SHAPES)], f"series{i % 5}", op) for i, op in enumerate(points)]
     return canvas.done(canvas.legend([*entries, ("circle", "peer", "fastest competitor")], bottom + 36))
 
 
@@ -287,19 +154,19 @@ def ladder(group: Group, metric: str, title: str) -> str:
         step = tables.ladder_step(group, name)
         below = values.get(step[0]) if step else None
         notes[name] = f"{num(value)}  {value / below - 1:+.0%}" if below else num(value)
-    right = WIDTH - max(map(_width, notes.values())) - 12
+    right = WIDTH - max(map(text_width, notes.values())) - 12
     x = Scale(0, max(values.values()) * 1.02, left, right)
     steps = [name for name in values if name in tables.BUILDS_ON or name == "plain"]
     others = [name for name in values if name not in steps]
     unit = "tokens/s" if metric == "tokens_per_s" else "MiB"
-    canvas = _Canvas(title, "; ".join(f"{name}: {note} {unit}" for name, note in notes.items()))
+    canvas = Canvas(title, "; ".join(f"{name}: {note} {unit}" for name, note in notes.items()))
     y = 4.0
     for name in (*steps, *others):
         if others and name == others[0] and steps:
             canvas.line(0, y + 3, WIDTH, y + 3, "grid")
             y += 7
         row, value = group.rows[name], values[name]
-        canvas.write(left - 6, y + 14, _cut(name, left - 6), "end")
+        canvas.write(left - 6, y + 14, cut(name, left - 6), "end")
         canvas.box(left, x(value), y + 3, 14, "bar" if name in steps else "bar other", f"{name}: {num(value)} {unit}")
         if metric == "tokens_per_s":
             low, high = (value * row.ms() / row.ms(p) for p in (80, 20))
@@ -317,26 +184,24 @@ def memory(rows: list[Row], title: str) -> str:
         return ""
     most = max(max(row.metrics["predicted_mib"], row.metrics.get("peak_mib", 0.0)) for row in rows) / 1024
     words = [f"{row.provider}: {num(row.metrics['predicted_mib'])} MiB" for row in rows]
-    canvas = _Canvas(
-        title, f"Predicted memory of a training step, with lines at the sizes of cards. {'; '.join(words)}"
-    )
+    canvas = Canvas(title, f"Predicted memory of a training step, with lines at the sizes of cards. {'; '.join(words)}")
     left, height = _labels(row.provider for row in rows), 27.0
-    x = Scale(0, most * 1.05, left, WIDTH - _MARGIN)
+    x = Scale(0, most * 1.05, left, WIDTH - MARGIN)
     entries = [*(("square", f"part{i}", part) for i, part in enumerate(tables.PARTS)), ("bar", "measured", "measured")]
     top = canvas.legend(entries, 2) + 18
     bottom = top + height * len(rows)
-    _axis(canvas, x, top, bottom)
+    canvas.x_axis(x, top, bottom)
     end = float(WIDTH)
     for card in reversed([card for card in CARDS_GB if card <= x.high]):  # where labels would meet, the larger card
         text = f"{card} GB"
-        place = min(x(card), WIDTH - _width(text) / 2)
-        if place + _width(text) / 2 <= end:
+        place = min(x(card), WIDTH - text_width(text) / 2)
+        if place + text_width(text) / 2 <= end:
             canvas.line(x(card), top - 4, x(card), bottom, "reference")
             canvas.write(place, top - 7, text, "middle", "quiet")
-            end = place - _width(text) / 2 - 4
+            end = place - text_width(text) / 2 - 4
     for i, row in enumerate(rows):
         y, start = top + height * i, 0.0
-        canvas.write(left - 6, y + height / 2 + 4, _cut(row.provider, left - 6), "end")
+        canvas.write(left - 6, y + height / 2 + 4, cut(row.provider, left - 6), "end")
         for j, part in enumerate(tables.PARTS):
             size = row.metrics.get(f"{part}_mib", 0.0) / 1024
             if size:

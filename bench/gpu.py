@@ -176,7 +176,7 @@ def plan(
         return Job(f"generation gpt2, batch {batch}", 20, run)
 
     names = list(all_specs())
-    core = ["eager", "compile", "triton", "triton+graph", "hf"]
+    core = ["eager", "compile", "triton", "triton+graph", "trainer", "hf"]
     everyone = [name for name in train_step.PROVIDERS if name != "nanogpt"]
     return [
         train(64, core, 60),

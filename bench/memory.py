@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from model import accounting, optim
 from model.accounting import Backend
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT
+from model.parallel import World
+from model.step import Guard, Step
 
 Call = Callable[[], Tensor]
 MIB, GIB = 2**20, 2**30
@@ -37,15 +39,20 @@ def peak(call: Callable[[], object], device: torch.device) -> int:
     once counts too: call once before. On a CPU the profiler must be free, and the release of a tensor that was there
     before is not seen, so a call that drops old tensors before it makes new ones is given too high a number.
     """
+    return levels(call, device)[0]
+
+
+def levels(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """`peak`, and what is left of it at the end: the result and what hangs on it, such as a loss's graph."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call()
-        return torch.cuda.max_memory_allocated(device) - before
+        result = call()
+        return torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce itself on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
+        result = call()  # noqa: F841  # alive to the end
     events = [*_allocations(profiler.profiler.kineto_results.experimental_event_tree())]
     live: dict[int, int] = {}
     now = highest = 0
@@ -56,7 +63,7 @@ def peak(call: Callable[[], object], device: torch.device) -> int:
             highest = max(highest, now)
         else:  # counts for what this call took: of an address it knew before, the profiler can hold a wrong size
             now -= live.pop(address, 0)
-    return highest
+    return highest, now
 
 
 def _allocations(nodes: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
@@ -82,19 +89,36 @@ def training_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Cal
 
 
 def step_peak(
-    config: GPTConfig, batch: int, context: int, dtype: torch.dtype, backend: Backend, device: torch.device
+    config: GPTConfig,
+    batch: int,
+    context: int,
+    dtype: torch.dtype,
+    backend: Backend,
+    device: torch.device,
+    *,
+    micro_steps: int = 1,
+    optimizer: Literal["adamw", "muon"] = "adamw",
+    ema: bool = False,
+    recompute: bool = False,
 ) -> int:
-    """Bytes of a training step at its highest, what lives before it included: parameters, AdamW's state, tokens."""
+    """Bytes of a step of training at its highest, what lives before it included: parameters, their copies and average,
+    the optimizer's state, tokens.
+    """
     model = GPT(config, dtype).to(device)
-    optimizer = optim.adamw(model, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    idx = torch.randint(config.vocab_size, (batch, context), device=device)
-    targets = idx.roll(-1, 1)
+    model.keep_working_weights()
+    model.recompute = recompute
+    optimizers = optim.build(model, kind=optimizer, betas=(0.9, 0.95), weight_decay=0.1)
+    average = optim.EMA(model, 0.999) if ema else None
+    world = World(0, 1, 0, device)
+    step = Step(model, model, optimizers, Guard(device), world, grad_clip=1.0, seed=0, ema=average)
+    idx = torch.randint(config.vocab_size, (micro_steps, batch, context), device=device)
+    targets = idx.roll(-1, 2)
 
-    step = training_step(model, optimizer, lambda: model(idx, targets)[1])
+    held = [*model.parameters(), *model.buffers(), idx, targets, *(average.tensors.values() if average else ())]
+    held += optim.optimizer_state(optimizers, model).values()
     with use_backend(backend):
-        step()  # AdamW's state, what compiles and what libraries set up once
-        moments = [t for state in optimizer.state.values() for t in state.values()]
-        return sum(t.nbytes for t in (*model.parameters(), *moments, idx, targets)) + peak(step, device)
+        step(idx, targets, step=1, lr=6e-4)  # what compiles and what libraries set up once
+        return sum(t.nbytes for t in held) + peak(lambda: step(idx, targets, step=2, lr=6e-4), device)
 
 
 def run(
@@ -124,7 +148,7 @@ def run(
         rows = []
         for backend in BACKENDS:
             runs = backend == "eager" or not reason
-            card: dict[str, int] = {"card": here} if runs else {}
+            card: dict[str, Any] = {"card": here} if runs else {}
             needs = accounting.memory(config, batch, context, dtype, backend, **card)
             metrics = {**parts(needs), "predicted_mib": needs.peak / MIB}
             error = ""
@@ -139,8 +163,8 @@ def run(
 
 
 def parts(needs: accounting.Memory) -> dict[str, float]:
-    """The parts of a prediction as metrics, in MiB."""
-    return {f"{name}_mib": size / MIB for name, size in vars(needs).items()}
+    """The parts of a prediction as metrics, in MiB; without those that such a step does not have."""
+    return {f"{name}_mib": size / MIB for name, size in vars(needs).items() if size}
 
 
 def fits(

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from bench import charts, tables
 from bench.record import CONTROL, Report, Row
-from bench.tables import Cell, Table, num, percent, times
+from bench.tables import Cell, Table, percent, times
 from model.cli import UserError
+from model.svg import NONE, num, page
 
 NO_GPU = "No report of a GPU has been committed yet."
 _CLOCKS = {"events": "one call, by CUDA events", "graph": "device alone, by CUDA graph", "wall": "wall time"}
@@ -205,10 +205,6 @@ def _escape(text: str) -> str:
 
 def html(reports: list[Report]) -> str:
     """The reports as one page that needs nothing else: no network, no other file."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     shown = [
         {
             "report": r,
@@ -219,7 +215,7 @@ def html(reports: list[Report]) -> str:
         }
         for i, r in enumerate(reports)
     ]
-    return environment.get_template("report.html.jinja").render(reports=shown, symbols=tables.SYMBOLS)
+    return page(Path(__file__).with_name("report.html.jinja"), reports=shown, symbols=tables.SYMBOLS)
 
 
 # --- README ----------------------------------------------------------------------------------------------------------
@@ -271,7 +267,7 @@ def _readme_kernels(report: Report) -> list[Table]:
         cells += [Cell(num(row.ms())), Cell(percent(row.metrics.get("floor")))] if row else [Cell("failed"), Cell("")]
         for name in ("eager", "compile", fastest):
             other = group.rows.get(name) if name != us else None
-            text = times(tables.ratio(other, row).mid) if row and other else tables.NONE
+            text = times(tables.ratio(other, row).mid) if row and other else NONE
             cells.append(Cell(f"{text} {name}" if other and name == fastest else text))
         rows.append(cells)
     head = [

@@ -7,7 +7,6 @@ ours was the faster (slower) in more than four fifths of the rounds, = otherwise
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,29 +14,21 @@ from typing import Any, NamedTuple
 
 from bench.record import CONTROL, Report, Row
 from bench.train_step import LADDER
+from model.svg import NONE, num
 
-NONE, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 SYMBOLS = {"win": "▲", "loss": "▼", "tie": "="}
 PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace")
 # what each step of the ladder adds to; the last of these that has a time is what its gain is told against
 BUILDS_ON = {
     "eager": "plain", "compile": "eager", "+attention": "eager", "+layer_norm": "+attention", "+gelu": "+layer_norm",
-    "triton": "+gelu", "triton+graph": "triton",
+    "triton": "+gelu", "triton+graph": "triton", "trainer": "triton+graph",
 }  # fmt: skip
 _ORDER = (
     "triton", "triton+graph", "plain", "eager", "compile", "+attention", "+layer_norm", "+gelu", "sdpa", "sdpa_full",
     "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "flex", "liger", "cce", "cce_exact", "fla", "hf",
     "hf_static", "hf+liger", "nanogpt",
 )  # fmt: skip
-
-
-def num(value: float | None) -> str:
-    """Three significant digits, thousands separated: 0.0213, 1.42, 412,000. A dash for None, NaN and infinity."""
-    if value is None or not math.isfinite(value):
-        return NONE
-    rounded = float(f"{value:.3g}")
-    digits = 2 - math.floor(math.log10(abs(rounded))) if rounded else 0
-    return f"{rounded:,.{max(digits, 0)}f}"
 
 
 def percent(value: float | None) -> str:
@@ -455,12 +446,16 @@ def glance(report: Report) -> list[tuple[str, str]]:
     trained = [group for group in groups(report, "train") if us in group.rows]
     if trained:
         last = trained[-1]
-        best = min((p for p in ("triton", "triton+graph", us) if p in last.rows), key=lambda p: last.rows[p].ms())
+        best = min(
+            (p for p in ("triton", "triton+graph", "trainer", us) if p in last.rows), key=lambda p: last.rows[p].ms()
+        )
         rate = num(_metric(last.rows[best], "tokens_per_s"))
         found.append((rate, f"tokens/s in training, {best}, {last.label()}{_beside(last, best, ('compile', 'eager'))}"))
     for group in groups(report, "generate", phase="decode")[:1]:
         best = min(
-            (p for p in ("triton", "triton+graph", us) if p in group.rows), key=lambda p: group.rows[p].ms(), default=""
+            (p for p in ("triton", "triton+graph", "trainer", us) if p in group.rows),
+            key=lambda p: group.rows[p].ms(),
+            default="",
         )
         if best:
             rate = num(_metric(group.rows[best], "tokens_per_s"))

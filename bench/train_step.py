@@ -10,6 +10,8 @@ All start from the same weights, take the same batch of random tokens, drop noth
     +gelu          and our GELU
     triton         and our loss: all operators are ours
     triton+graph   the same, the optimizer included, as one CUDA graph
+    trainer        the step of train.py: that, with weights kept in the activations' dtype, clipping inside the
+                   optimizer, guards, and random generators set anew; on a CPU eager and without a graph
     hf             GPT2LMHeadModel of transformers, attention by SDPA
     hf+liger       the same with Liger's LayerNorm and fused linear cross-entropy
     nanogpt        the model.py of a nanoGPT checkout
@@ -27,6 +29,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,9 +48,11 @@ from model import accounting
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT
-from model.optim import adamw
+from model.optim import adamw, build
+from model.parallel import World
+from model.step import Guard, Step
 
-LADDER = ("plain", "eager", "compile", "+attention", "+layer_norm", "+gelu", "triton", "triton+graph")
+LADDER = ("plain", "eager", "compile", "+attention", "+layer_norm", "+gelu", "triton", "triton+graph", "trainer")
 PROVIDERS = (*LADDER, "hf", "hf+liger", "nanogpt")
 _OURS = {"+attention": 1, "+layer_norm": 3, "+gelu": 4}  # how many of the operators below run on Triton
 _OPERATORS = ("causal_attention", "layer_norm", "add_layer_norm", "bias_gelu")
@@ -74,9 +79,9 @@ class _Task:
         idx = torch.randint(self.config.vocab_size, (self.batch, self.context), generator=generator).to(self.device)
         return idx, idx.roll(-1, 1)
 
-    def memory(self, backend: accounting.Backend) -> accounting.Memory:
+    def memory(self, backend: accounting.Backend, **options: Any) -> accounting.Memory:
         card = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
-        return accounting.memory(self.config, self.batch, self.context, self.dtype, backend, card=card)
+        return accounting.memory(self.config, self.batch, self.context, self.dtype, backend, card=card, **options)
 
 
 @dataclass
@@ -205,22 +210,24 @@ def _prepare(provider: str, task: _Task, proof: _Proof) -> Call:
     """A provider's step, ready to be timed: its losses are those of the others and its memory is known."""
     _tidy(task.device)
     module, loss = _model(provider, task)
-    optimizer = adamw(module, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-
-    plain_step = training_step(module, optimizer, loss)
+    if provider == "trainer":
+        plain_step, optimizer = _trainer(module, task)
+    else:
+        optimizer = adamw(module, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+        plain_step = training_step(module, optimizer, loss)
 
     def step() -> Tensor:
-        with _backend(provider):
+        with _backend(provider, task.device):
             return plain_step()
 
     if provider == "triton+graph":
-        for group in optimizer.param_groups:
-            group["capturable"] = True
         losses, call, highest = _three_steps_in_a_graph(step, task.device)
     else:
         losses, call, highest = _three_steps(step, task.device)
+    if provider == "trainer":  # the fourth step is captured, where there is a graph
+        highest = max(highest, peak(step, task.device))
     _check(provider, [value.item() for value in losses], task.dtype, proof)
-    with _backend(provider):
+    with _backend(provider, task.device):
         parts = _parts(module, loss)
     parts["optimizer"] = _bytes(t for state in optimizer.state.values() for t in state.values())
     before = parts["parameters"] + parts["optimizer"] + _bytes(task.tokens())
@@ -228,6 +235,9 @@ def _prepare(provider: str, task: _Task, proof: _Proof) -> Call:
     parts["workspace"] = parts["peak"] - parts["parameters"] - parts["optimizer"] - parts["activations"]
     if backend := _PREDICTED.get(provider):
         parts["predicted"] = task.memory(backend).peak
+    elif provider == "trainer":
+        graph = task.device.type == "cuda"
+        parts["predicted"] = task.memory("triton" if graph else "eager", graph=graph).peak
     proof.metrics[provider] = {f"{name}_mib": size / _MIB for name, size in parts.items()}
     return call
 
@@ -258,10 +268,40 @@ def _model(provider: str, task: _Task) -> tuple[nn.Module, Callable[[], Tensor]]
     return theirs, loss
 
 
+def _trainer(model: nn.Module, task: _Task) -> tuple[Callable[[], Tensor], torch.optim.Optimizer]:
+    """The step of train.py on one process, and its optimizer."""
+    assert isinstance(model, GPT)
+    model.keep_working_weights()
+    (optimizer,) = build(model, kind="adamw", betas=(0.9, 0.95), weight_decay=0.1)
+    world, guard = World(0, 1, 0, task.device), Guard(task.device, scaled=task.dtype == torch.float16)
+    graph = task.device.type == "cuda"
+    step = Step(model, model, [optimizer], guard, world, grad_clip=1.0, seed=0, graph=graph)
+    idx, targets = (x[None] for x in task.tokens())
+    numbers = itertools.count(1)
+
+    def run() -> Tensor:
+        step(idx, targets, step=next(numbers), lr=1e-4)
+        return step.loss.clone()
+
+    if not graph:
+        return run, optimizer
+    stream = torch.cuda.Stream(task.device)  # a graph cannot be captured on the default stream
+
+    def run_beside() -> Tensor:
+        stream.wait_stream(torch.cuda.current_stream(task.device))
+        with torch.cuda.stream(stream):
+            loss = run()
+        torch.cuda.current_stream(task.device).wait_stream(stream)
+        return loss
+
+    return run_beside, optimizer
+
+
 @contextlib.contextmanager
-def _backend(provider: str) -> Iterator[None]:
+def _backend(provider: str, device: torch.device) -> Iterator[None]:
     """How the operators run for a provider."""
-    everywhere = "triton" if provider.startswith("triton") else "eager"
+    on_gpu = provider == "trainer" and device.type == "cuda"
+    everywhere = "triton" if provider.startswith("triton") or on_gpu else "eager"
     some = {name: "triton" for name in _OPERATORS[: _OURS.get(provider, 0)]}
     attention = sdpa_kernel(SDPBackend.MATH) if provider == "plain" else contextlib.nullcontext()
     with use_backend(everywhere, **some), attention:  # type: ignore[arg-type]
@@ -308,7 +348,7 @@ def _check(provider: str, losses: list[float], dtype: torch.dtype, proof: _Proof
 
 def _parts(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, int]:
     """Bytes of the parameters, of what autograd keeps for the backward pass, and of the gradients."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
@@ -321,7 +361,7 @@ def _parts(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, int]:
         value = loss()
     value.backward()
     parts = {
-        "parameters": _bytes(module.parameters()),
+        "parameters": _bytes((*module.parameters(), *module.buffers())),
         "gradients": _bytes(p.grad for p in module.parameters() if p.grad is not None),
         "activations": sum(kept.values()),
     }

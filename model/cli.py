@@ -81,6 +81,8 @@ def explain(error: OSError) -> str | None:
     name = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full while writing {name}: free some space, or choose a folder on another disk"
+    if error.errno == errno.EFBIG:
+        return f"{name} would be larger than this system allows a file to be: raise the limit (ulimit -f)"
     if error.filename is None:
         return None
     if error.errno in (errno.EACCES, errno.EPERM):

@@ -1,99 +1,428 @@
-"""Text -> token files -> batches.
+"""Text -> token shards -> batches.
 
-    data = prepare(Path("Book"), Path("runs/a/data"), "gpt2")        # or load(folder) for one that was prepared before
-    idx, targets = get_batch(data.train, context=1024, batch_size=8, seed=1, step=0)
+    python -m model.data prepare Book tokens --tokenizer gpt2       # a text, or a folder of them, into a token folder
+    python -m model.data show tokens                                # what is in it, every shard checked
+
+    data = open_source(Path("Book"), Path("runs/a/data"), "gpt2")   # or load(folder), once it is there
+    idx, targets = get_batch(data.train, context=1024, seed=1, step=0, rows=range(8))
+    loader = Loader(data.train, context=1024, seed=1, first_step=0, rows=range(64), micro_batch=8, device="cuda")
     for idx, targets in windows(data.val, context=1024, batch_size=8): ...
 
-A token folder holds train.bin and val.bin (ids as little-endian uint16, or uint32 for a vocabulary of more than 65,536
-ids, nothing else), tokenizer.json, and meta.json, which says what they are. The first part of each document goes to
-train, the rest to val, so no text is in both. The end-of-text id stands between documents, not after the last.
+A token folder holds tokenizer.json, meta.json, and shards (model/shards.py) train_000000.bin, ..., val_000000.bin, ...;
+or only the first two, where the shards lie elsewhere. The first part of each document goes to train, the rest to val,
+so no text is in both. The end-of-text id stands between documents, not after the last.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
+import tyro
 from torch import Tensor
 
-from model import books
-from model.cli import UserError
+from model import books, shards
+from model.cli import UserError, run
+from model.shards import BadShard, Shard, Tokens
 from model.tokenizer import FILE as TOKENIZER_FILE
 from model.tokenizer import PIECE, Tokenizer, build_tokenizer, load_tokenizer, pieces
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "val")
+SHARD_TOKENS = 100_000_000  # as many as modded-nanogpt has in a shard
 _META_FILE = "meta.json"
-_DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_FILES = {_META_FILE, TOKENIZER_FILE, *(f"{split}.bin" for split in SPLITS)}
+_ENTRY = {"path", "tokens", "bytes", "largest_id", "size", "mtime_ns", "sha256"}  # of a shard in meta.json
+_NAMES = re.compile(rf"(train|val)(_\d{{6}})?\.bin|{re.escape(_META_FILE)}|{re.escape(TOKENIZER_FILE)}")
 
 
 @dataclass(frozen=True, eq=False)
 class TokenData:
     """An open token folder.
 
-    train, val: (tokens,) uint16 or uint32, read-only, mapped from the files (an empty split is an empty array).
+    train, val: the ids of each split; `val` may be empty.
     meta: what meta.json holds:
         format        version of this layout
-        dtype         "uint16" | "uint32"
+        train, val    {"tokens", "bytes", "shards"} each; bytes: UTF-8 length of the text behind the tokens (the
+                      end-of-text id stands for no text); shards: [{"path", "tokens", "bytes", "largest_id", "size",
+                      "mtime_ns", "sha256"}], the path absolute for a shard that lies elsewhere
         val_fraction  as given to `prepare`
         sources       [{"path", "characters"}]: the documents in order, the path relative to the corpus folder;
                       characters after `books.clean`
-        train, val    {"tokens", "bytes", "sha256"} each; bytes: UTF-8 length of the text behind the tokens (the
-                      end-of-text ids between documents stand for no text), sha256: of the .bin file
+    The last two are missing where the shards were not made by `prepare`.
     """
 
     folder: Path
     tokenizer: Tokenizer
-    train: np.ndarray
-    val: np.ndarray
+    train: Tokens
+    val: Tokens
     meta: dict[str, Any]
 
 
-def prepare(source: Path, folder: Path, tokenizer: str | Tokenizer, *, val_fraction: float = 0.1) -> TokenData:
+def open_source(source: Path, folder: Path, tokenizer: str, *, skip_bad_shards: bool = False) -> TokenData:
+    """Make `folder` the token folder of a run that learns from `source`, and open it.
+
+    source is one of
+        a text file, or a folder of .txt files: encoded into `folder` by `prepare`. The run has its own copy then, and
+            what becomes of the text later does not matter to it;
+        a token folder: its shards are used where they lie, and `tokenizer` has to be the one that it was made with;
+        a folder of shards of llm.c or modded-nanogpt, where *train*.bin are for training and *val*.bin for validation,
+            or one such file, which has *val*.bin beside it: used where they lie; `tokenizer` has to be "gpt2".
+    Shards are read once, for their SHA-256 and largest id. UserError names a bad one; with skip_bad_shards it is left
+    out, and a line on stderr says so.
+    """
+    source, folder = Path(source), Path(folder).resolve()
+    _refuse_other_folders(folder)
+    meta: dict[str, Any] = {}
+    if (source / _META_FILE).is_file():
+        meta = _read_meta(source)
+        builder = load_tokenizer(source)
+        if builder.name != tokenizer:
+            raise UserError(f"{source} was made with --tokenizer {builder.name}, not {tokenizer}: give that one")
+        entries = {
+            split: [{**entry, "path": str((source / entry["path"]).absolute())} for entry in meta[split]["shards"]]
+            for split in SPLITS
+        }
+    elif paths := _find_shards(source):
+        if tokenizer != "gpt2":
+            raise UserError(f"{source} holds shards of GPT-2's ids: give --tokenizer gpt2, or the text itself")
+        builder = build_tokenizer(tokenizer, ())
+        entries = {split: [{"path": str(path.absolute())} for path in paths[split]] for split in SPLITS}
+    else:
+        return prepare(source, folder, tokenizer)
+    if folder in (source.resolve(), source.resolve().parent):
+        raise UserError(f"{folder} is where the shards lie: choose another folder for the run")
+    _refuse_missing(entries, source)
+    entries = {split: _checked(folder, found, builder, skip=skip_bad_shards) for split, found in entries.items()}
+    _refuse_missing(entries, source)  # all of a split may be bad
+    with _replacing(folder) as partial:
+        builder.save(partial)
+        _write_meta(partial, {**meta, **{split: _total(found) for split, found in entries.items()}})
+    return load(folder)
+
+
+def prepare(
+    source: Path,
+    folder: Path,
+    tokenizer: str | Tokenizer,
+    *,
+    val_fraction: float = 0.1,
+    shard_tokens: int = SHARD_TOKENS,
+) -> TokenData:
     """Encode a text file, or the *.txt files of a folder, into the token folder `folder`, and open it.
 
     tokenizer: "char" or "gpt2", or a ready one. The first int(characters * (1 - val_fraction)) characters of each
-    document, counted after `books.clean`, are train, the rest is val. The text is read twice (to count, and to encode)
-    in bounded memory. An older token folder of that name is replaced; `folder` appears only when it is complete, and
-    what a killed run leaves is called `<folder>.incomplete-...` and may be deleted.
+    document, counted after `books.clean`, are train, the rest is val; a shard holds at most shard_tokens ids. The text
+    is read twice (to count, and to encode) in bounded memory. An older token folder of that name is replaced; `folder`
+    appears only when it is complete, and what a killed run leaves is called `<folder>.incomplete-...` and may be
+    deleted.
     """
     if not 0 <= val_fraction <= 1:
         raise UserError(f"val_fraction is {val_fraction}: give the share of the text for validation, from 0 to 1")
+    if not 1 <= shard_tokens <= shards.MAX_TOKENS:
+        raise UserError(f"shard_tokens is {shard_tokens}: give a number from 1 to {shards.MAX_TOKENS:,}")
     source, folder = Path(source), Path(folder).resolve()
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= _FILES):
-        raise UserError(f"{folder} exists and is not a token folder: choose another name, or remove it")
+    _refuse_other_folders(folder)
     paths = books.documents(source)
     tokenizer, documents, n_bytes = _survey(paths, tokenizer)
+    with _replacing(folder) as partial:
+        texts = _split_documents(documents, 1 - val_fraction)
+        written = _write_tokens(texts, tokenizer, partial, shard_tokens, n_bytes)
+        tokenizer.save(partial)
+        splits = {
+            split: _total(_checked(partial, [{"path": path.name} for path in paths], tokenizer))
+            for split, paths in written.items()
+        }
+        root = source if source.is_dir() else source.parent
+        sources = [{"path": path.relative_to(root).as_posix(), "characters": n} for path, n in documents]
+        _write_meta(partial, {**splits, "val_fraction": val_fraction, "sources": sources})
+    return load(folder)
 
+
+def load(folder: Path) -> TokenData:
+    """Open a token folder, its shards unchanged since they were first read.
+
+    One of the size and time of change that meta.json has is taken for unchanged; any other is read, and UserError names
+    the file where its SHA-256 differs.
+    """
+    return _load(Path(folder), trust=True)
+
+
+def verify(folder: Path) -> TokenData:
+    """`load`, with the SHA-256 of every shard computed."""
+    return _load(Path(folder), trust=False)
+
+
+def get_batch(tokens: Tokens, *, context: int, seed: int, step: int, rows: range) -> tuple[Tensor, Tensor]:
+    """Random windows: idx and the tokens that follow, targets, both (len(rows), context) int64 on the CPU.
+
+    A step draws as many windows as it likes, numbered from 0; rows: which of them. The result depends on the arguments
+    alone, so step k has the same batch in every run, resumed or not, whole or cut into micro-steps and processes.
+    Each window begins at any of the len(tokens) - context places where every one of its tokens has a next one, all
+    equally likely. The generator is counter-based (Philox; Salmon et al. 2011): seed is the key (0 to 2**128 - 1), step
+    the counter.
+    """
+    drawn = torch.from_numpy(_draw(tokens, context, seed, step, rows))
+    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+
+
+def _draw(tokens: Tokens, context: int, seed: int, step: int, rows: range) -> np.ndarray:
+    """(len(rows), context + 1) int64."""
+    places = len(tokens) - context
+    if places < 1:
+        raise UserError(
+            f"{len(tokens):,} tokens are too few for a context of {context:,}: {context + 1:,} are needed\n"
+            "give more text, or choose a smaller context"
+        )
+    # random_raw and not Generator.integers: numpy promises the former to stay the same in every version
+    words = np.random.Philox(key=seed, counter=int(step) << 64).random_raw(rows.stop)  # uint64; 2**66 words per step
+    starts = words[rows.start : rows.stop : rows.step] % places  # off an even draw by places / 2**64 at most
+    return tokens.rows(starts.astype(np.int64), context + 1)
+
+
+class Loader:
+    """The batches of the steps from first_step on, read ahead: an iterator of idx, targets, (A, B, T) int64 each.
+
+    rows: which of the windows of a step are drawn here (see `get_batch`), A * B of them in order; B: micro_batch,
+    T: context. `readers` threads make whole steps in host memory. What they fail with is raised where that step is
+    asked for, and again as long as it is asked for. They never call CUDA: whatever another thread does there may break
+    the capture of a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        *,
+        context: int,
+        seed: int,
+        first_step: int,
+        rows: range,
+        micro_batch: int,
+        device: str | torch.device,
+        readers: int = 2,
+    ) -> None:
+        if len(rows) % micro_batch:
+            raise ValueError(f"{len(rows)} rows are not a whole number of micro-steps of {micro_batch}")
+        self.tokens, self.context, self.seed, self.rows = tokens, context, seed, rows
+        self.device = torch.device(device)
+        self._shape = (2, len(rows) // micro_batch, micro_batch, context)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="loader")
+        self._steps = itertools.count(first_step)
+        self._ahead: deque[Future[Tensor]] = deque()
+        for _ in range(2 * readers):
+            self._read_ahead()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        """idx, targets of the next step on the device, ready for what the current stream does next."""
+        batch = self._ahead[0].result()
+        self._ahead.popleft()
+        self._read_ahead()
+        if self._stream is not None:
+            # A stream of its own: the copy runs beside the kernels of the steps before, which are still queued.
+            with torch.cuda.stream(self._stream):
+                batch = batch.to(self.device, non_blocking=True)
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)
+            batch.record_stream(current)  # allocated for the other stream, which must not reuse it before this one ends
+        return batch[0], batch[1]
+
+    def close(self) -> None:
+        """Stop reading ahead; does not wait for a thread that is reading."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read_ahead(self) -> None:
+        # Pinned memory is taken from PyTorch's cache, which gives it out again only after the copy from it is done.
+        batch = torch.empty(self._shape, dtype=torch.int64, pin_memory=self._stream is not None)
+        self._ahead.append(self._pool.submit(self._read, next(self._steps), batch))
+
+    def _read(self, step: int, batch: Tensor) -> Tensor:
+        drawn = _draw(self.tokens, self.context, self.seed, step, self.rows)
+        # numpy copies, as torch would start threads of its own for it
+        idx, targets = batch.view(2, len(self.rows), self.context).numpy()
+        idx[:], targets[:] = drawn[:, :-1], drawn[:, 1:]
+        return batch
+
+
+def windows(
+    tokens: Tokens | np.ndarray, context: int, batch_size: int, most: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`tokens` in order for evaluation: (idx, targets), int64 on the CPU, up to batch_size windows of `context`.
+
+    Without `most` every token but the first is a target exactly once. most: take at most so many windows, spread evenly
+    over the text; always the same ones, whatever the batch size. The last window is filled up with id 0 and target
+    -100, which the loss ignores; the last batch may have fewer rows.
+    """
+    if len(tokens) < 2:
+        raise UserError(f"{len(tokens)} tokens are too few to evaluate on: at least 2 are needed; give more text")
+    n = -(-(len(tokens) - 1) // context)
+    chosen = np.arange(min(n, most or n)) * n // min(n, most or n)
+    batches = (chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size))
+    return (_window_batch(tokens, numbers.tolist(), context) for numbers in batches)
+
+
+def _window_batch(tokens: Tokens | np.ndarray, numbers: list[int], context: int) -> tuple[Tensor, Tensor]:
+    idx = np.zeros((len(numbers), context), dtype=np.int64)
+    targets = np.full((len(numbers), context), -100, dtype=np.int64)
+    for row, number in enumerate(numbers):
+        ids = tokens[number * context : (number + 1) * context + 1]
+        idx[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+    return torch.from_numpy(idx), torch.from_numpy(targets)
+
+
+# Token folders
+
+
+def _load(folder: Path, *, trust: bool) -> TokenData:
+    meta = _read_meta(folder)
+    tokenizer = load_tokenizer(folder)
+    entries = {split: meta[split]["shards"] for split in SPLITS}
+    try:
+        _checked(folder, [*entries["train"], *entries["val"]], tokenizer, trust=trust)
+        train, val = (Tokens([Shard.open(folder / entry["path"]) for entry in entries[split]]) for split in SPLITS)
+    except BadShard as bad:
+        raise UserError(
+            f"{bad.path} is not what it was when {folder} was made: {bad.reason}\n"
+            "put the file back as it was; or prepare the text again, and start a new run"
+        ) from None
+    return TokenData(folder, tokenizer, train, val, meta)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """The content of meta.json, with all that is asked of it here."""
+    path = folder / _META_FILE
+    try:
+        meta = json.loads(path.read_bytes())
+        if (version := meta["format"]) != FORMAT:
+            raise UserError(f"{folder} has format {version!r}, this version reads {FORMAT}: prepare the text again")
+        for split in SPLITS:
+            entries = meta[split]["shards"]
+            for name in ("tokens", "bytes"):
+                if sum(entry[name] for entry in entries) != meta[split][name]:
+                    raise ValueError(name)
+            if not all(entry.keys() >= _ENTRY and isinstance(entry["path"], str) for entry in entries):
+                raise ValueError("shards")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} is not a token folder: it has no {_META_FILE}; prepare the text again") from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: prepare the text again") from None
+    return meta
+
+
+def _write_meta(folder: Path, content: dict[str, Any]) -> None:
+    (folder / _META_FILE).write_text(json.dumps({"format": FORMAT, **content}, indent=2) + "\n", encoding="utf-8")
+
+
+def _total(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What meta.json says about a split of these shards."""
+    return {**{name: sum(entry[name] for entry in entries) for name in ("tokens", "bytes")}, "shards": entries}
+
+
+def _checked(
+    folder: Path, entries: list[dict[str, Any]], tokenizer: Tokenizer, *, trust: bool = True, skip: bool = False
+) -> list[dict[str, Any]]:
+    """The entries of meta.json for these shards, the shards read by a thread for each core.
+
+    entries: as in meta.json, or {"path"} alone for a shard that was never read. trust: do not read those that still
+    have the size and time of their entry. skip: leave bad ones out, where BadShard is raised otherwise; one whose
+    SHA-256 is not that of its entry is bad as well.
+    """
+    files = [_size_and_time(folder / entry["path"]) for entry in entries]
+    is_known = [
+        trust and file == (entry.get("size"), entry.get("mtime_ns")) for file, entry in zip(files, entries, strict=True)
+    ]
+    if all(is_known):
+        return entries
+    id_bytes = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)], np.uint8)
+    new_bytes = sum(size for (size, _), known in zip(files, is_known, strict=True) if not known)
+    progress = _Progress("checking shards", new_bytes)
+
+    def check(entry: dict[str, Any], known: bool) -> dict[str, Any] | BadShard:
+        if known:
+            return entry
+        path = folder / entry["path"]
+        try:
+            found = shards.scan(path, id_bytes, progress.advance)
+            if entry.get("sha256", found["sha256"]) != found["sha256"]:
+                raise BadShard(path, "its SHA-256 is another one, so its content was replaced or damaged")
+        except BadShard as bad:
+            if not skip:
+                raise
+            return bad
+        return {"path": entry["path"], **found}
+
+    try:
+        with ThreadPoolExecutor(_n_threads()) as pool:
+            results = list(pool.map(check, entries, is_known))
+    finally:
+        progress.close()
+    for result in results:
+        if isinstance(result, BadShard):
+            print(f"left out: {result.path}: {result.reason}", file=sys.stderr)
+    return [result for result in results if not isinstance(result, BadShard)]
+
+
+def _size_and_time(path: Path) -> tuple[int, int | None]:
+    """Bytes, and nanoseconds of the last change; (0, None) where there is no such file."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _find_shards(source: Path) -> dict[str, list[Path]] | None:
+    """The shards that `source` stands for, by their names; None where it is neither one nor a folder of them."""
+    is_shard = source.is_file() and source.suffix == ".bin"
+    folder = source.parent if is_shard else source
+    found = {split: sorted(p for p in folder.glob(f"*{split}*.bin") if p.name[0] != ".") for split in SPLITS}
+    if is_shard:
+        found["train"] = [source]
+    elif not any(found.values()):
+        return None
+    if both := set(found["train"]) & set(found["val"]):
+        raise UserError(f"{min(both)} would be training and validation data at once, by its name: choose another name")
+    return found
+
+
+def _refuse_missing(entries: dict[str, list[dict[str, Any]]], source: Path) -> None:
+    for split, kind in zip(SPLITS, ("training", "validation"), strict=True):
+        if not entries[split]:
+            raise UserError(f"{source} has no shard for {kind}: at least one whose name has {split!r} in it is needed")
+
+
+def _refuse_other_folders(folder: Path) -> None:
+    """UserError where `folder` holds what is not ours to replace."""
+    if folder.exists() and not (folder.is_dir() and all(_NAMES.fullmatch(path.name) for path in folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a token folder: choose another name, or remove it")
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` in the end; after an error nothing of it is left."""
     tag = secrets.token_hex(4)
     partial = folder.with_name(f"{folder.name}.incomplete-{tag}")
     partial.mkdir(parents=True)
     try:
-        dtype = "uint16" if tokenizer.n_vocab <= 1 << 16 else "uint32"
-        texts = _split_documents(documents, 1 - val_fraction)
-        files = _write_tokens(texts, tokenizer, partial, _DTYPES[dtype], n_bytes)
-        tokenizer.save(partial)
-        root = source if source.is_dir() else source.parent
-        sources = [{"path": path.relative_to(root).as_posix(), "characters": n} for path, n in documents]
-        meta = {"format": FORMAT, "dtype": dtype, "val_fraction": val_fraction, "sources": sources, **files}
-        (partial / _META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        yield partial
         if folder.exists():
             old = folder.with_name(f"{folder.name}.replaced-{tag}")
             folder.rename(old)
@@ -106,84 +435,6 @@ def prepare(source: Path, folder: Path, tokenizer: str | Tokenizer, *, val_fract
             error.filename = str(folder)
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return load(folder)
-
-
-def load(folder: Path) -> TokenData:
-    """Open a token folder; the sizes of its files are checked against meta.json (for their content see `verify`)."""
-    folder = Path(folder)
-    try:
-        meta = json.loads((folder / _META_FILE).read_bytes())
-        version, dtype = meta["format"], _DTYPES.get(meta["dtype"])
-        counts = {split: int(meta[split]["tokens"]) for split in SPLITS}
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is not a token folder: it has no {_META_FILE}; prepare the text again") from None
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise UserError(f"{folder / _META_FILE} is damaged: prepare the text again") from None
-    if version != FORMAT or dtype is None:
-        raise UserError(f"{folder} has format {version!r}, this version reads {FORMAT}: prepare the text again")
-    tokens: dict[str, np.ndarray] = {}
-    for split, n in counts.items():
-        path = folder / f"{split}.bin"
-        size = path.stat().st_size if path.is_file() else None
-        if size != n * dtype.itemsize:
-            found = "it is missing" if size is None else f"it has {size:,}"
-            raise UserError(f"{path} should have {n * dtype.itemsize:,} bytes, but {found}: prepare the text again")
-        tokens[split] = np.memmap(path, dtype, mode="r") if n else np.empty(0, dtype)  # an empty file cannot be mapped
-    return TokenData(folder, load_tokenizer(folder), tokens["train"], tokens["val"], meta)
-
-
-def verify(folder: Path) -> TokenData:
-    """`load`, and read every token file to compare its SHA-256 with meta.json. UserError names a damaged file."""
-    data = load(folder)
-    for split in SPLITS:
-        tokens: np.ndarray = getattr(data, split)
-        if hashlib.sha256(tokens.data).hexdigest() != data.meta[split].get("sha256"):
-            raise UserError(f"{data.folder / f'{split}.bin'} is damaged (its SHA-256 is wrong): prepare the text again")
-    return data
-
-
-def get_batch(tokens: np.ndarray, *, context: int, batch_size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Random windows: idx and the tokens that follow, targets, both (batch_size, context) int64 on the CPU.
-
-    A pure function of its arguments, so step k has the same batch in every run, resumed or not. Each window begins at
-    any of the len(tokens) - context places where every one of its tokens has a next one, all equally likely. The
-    generator is counter-based (Philox; Salmon et al. 2011): seed is the key (0 to 2**128 - 1), step the counter.
-    Data-parallel ranks and micro-steps draw different batches by taking different steps.
-    """
-    places = len(tokens) - context
-    if places < 1:
-        raise UserError(
-            f"{len(tokens):,} tokens are too few for a context of {context:,}: {context + 1:,} are needed\n"
-            "give more text, or choose a smaller context"
-        )
-    # random_raw and not Generator.integers: numpy promises the former to stay the same in every version
-    words = np.random.Philox(key=seed, counter=int(step) << 64).random_raw(batch_size)  # uint64; 2**66 words per step
-    starts = (words % places).astype(np.int64)  # off an even draw by places / 2**64 at most
-    rows = sliding_window_view(np.asarray(tokens), context + 1)[starts]  # (batch_size, context + 1), a copy
-    return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
-
-
-def windows(tokens: np.ndarray, context: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of `tokens` in order for evaluation: (idx, targets), int64 on the CPU, up to batch_size rows of `context`.
-
-    Every token but the first is a target exactly once. The last window is filled up with id 0 and target -100, which
-    the loss ignores; the last batch may have fewer rows.
-    """
-    if len(tokens) < 2:
-        raise UserError(f"{len(tokens)} tokens are too few to evaluate on: at least 2 are needed; give more text")
-    n, size = len(tokens) - 1, batch_size * context  # targets in all, and in a full batch
-    return (_window_batch(tokens, start, min(start + size, n), context) for start in range(0, n, size))
-
-
-def _window_batch(tokens: np.ndarray, start: int, stop: int, context: int) -> tuple[Tensor, Tensor]:
-    """The windows of which tokens[start:stop] are the inputs."""
-    n_rows = -(-(stop - start) // context)
-    idx = np.zeros(n_rows * context, dtype=np.int64)
-    targets = np.full(n_rows * context, -100, dtype=np.int64)
-    idx[: stop - start] = tokens[start:stop]
-    targets[: stop - start] = tokens[start + 1 : stop + 1]
-    return torch.from_numpy(idx.reshape(n_rows, context)), torch.from_numpy(targets.reshape(n_rows, context))
 
 
 # Preparing
@@ -252,49 +503,32 @@ def _split(path: Path, characters: int, n_train: int) -> Iterator[tuple[str, str
 
 
 def _write_tokens(
-    texts: Iterable[tuple[int, str, str]], tokenizer: Tokenizer, folder: Path, dtype: np.dtype, n_bytes: int
-) -> dict[str, dict[str, Any]]:
-    """Encode into the .bin files; for each split what meta.json says about it."""
+    texts: Iterable[tuple[int, str, str]], tokenizer: Tokenizer, folder: Path, shard_tokens: int, n_bytes: int
+) -> dict[str, list[Path]]:
+    """Encode into shards; the paths of each split."""
+    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
     progress = _Progress("encoding", n_bytes)
     last = dict.fromkeys(SPLITS, -1)  # number of the document that was written last
-    with contextlib.ExitStack() as files:
-        files.callback(progress.close)
-        writers = {split: _Writer(files.enter_context(open(folder / f"{split}.bin", "wb")), dtype) for split in SPLITS}
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.close)
+        writers = {
+            split: stack.enter_context(contextlib.closing(shards.Writer(folder, split, dtype, shard_tokens)))
+            for split in SPLITS
+        }
         for (number, split, text), ids in _encoded(texts, tokenizer):
             if last[split] not in (-1, number):
-                writers[split].write(np.array([tokenizer.eot_id]), 0)
+                writers[split].write(np.array([tokenizer.eot_id]))
             last[split] = number
-            length = _utf8_length(text)
-            writers[split].write(ids, length)
-            progress.advance(length)
-    return {
-        split: {"tokens": writer.tokens, "bytes": writer.bytes, "sha256": writer.sha256.hexdigest()}
-        for split, writer in writers.items()
-    }
-
-
-class _Writer:
-    """A token file being written."""
-
-    def __init__(self, file: BinaryIO, dtype: np.dtype) -> None:
-        self.file, self.dtype = file, dtype
-        self.tokens = self.bytes = 0
-        self.sha256 = hashlib.sha256()
-
-    def write(self, ids: np.ndarray, n_bytes: int) -> None:
-        """ids: (n,) of any integer type, standing for n_bytes of UTF-8 text."""
-        data = ids.astype(self.dtype).tobytes()
-        self.file.write(data)
-        self.sha256.update(data)
-        self.tokens += len(ids)
-        self.bytes += n_bytes
+            writers[split].write(ids)
+            progress.advance(_utf8_length(text))
+    return {split: writer.paths for split, writer in writers.items()}
 
 
 def _encoded(
     texts: Iterable[tuple[int, str, str]], tokenizer: Tokenizer
 ) -> Iterator[tuple[tuple[int, str, str], np.ndarray]]:
     """Each text with its ids, in order, encoded by a thread for each core and only a few pieces ahead."""
-    n_threads = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    n_threads = _n_threads()
     waiting: deque[tuple[tuple[int, str, str], Future[np.ndarray]]] = deque()
     with ThreadPoolExecutor(n_threads) as pool:
         for text in texts:
@@ -304,6 +538,10 @@ def _encoded(
                 yield done, ids.result()
         for done, ids in waiting:
             yield done, ids.result()
+
+
+def _n_threads() -> int:
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _utf8_length(text: str) -> int:
@@ -322,8 +560,14 @@ class _Progress:
         self.next = self.start + 2
         self.rewrite = sys.stderr.isatty()
         self.shown = False
+        self.lock = threading.Lock()
 
     def advance(self, n_bytes: int) -> None:
+        """n_bytes more are done; any thread may say so."""
+        with self.lock:
+            self._advance(n_bytes)
+
+    def _advance(self, n_bytes: int) -> None:
         self.done += n_bytes
         now = time.monotonic()
         if now < self.next:
@@ -341,3 +585,54 @@ class _Progress:
     def close(self) -> None:
         if self.shown and self.rewrite:
             print(f"\r{'':70}\r", end="", file=sys.stderr, flush=True)
+
+
+# The command
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Encode a text file, or a folder of .txt files, into a token folder, for one run or many."""
+
+    source: tyro.conf.Positional[Path]
+    """Text file, or folder of them."""
+    folder: tyro.conf.Positional[Path]
+    """Token folder to make; an older one of that name is replaced."""
+    tokenizer: str = "gpt2"
+    """char (one token per character) or gpt2 (byte-pair encoding, 50,257 tokens)."""
+    val_fraction: float = 0.1
+    """Share of each text for validation, 0 to 1."""
+    shard_tokens: int = SHARD_TOKENS
+    """Tokens in a shard at most."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Say what a token folder holds, after reading every shard and comparing its SHA-256."""
+
+    folder: tyro.conf.Positional[Path]
+    """Token folder, such as the data/ of a run."""
+
+
+Command = Annotated[Prepare, tyro.conf.subcommand("prepare")] | Annotated[Show, tyro.conf.subcommand("show")]
+
+
+def main(command: Prepare | Show) -> None:
+    if isinstance(command, Prepare):
+        c = command
+        data = prepare(c.source, c.folder, c.tokenizer, val_fraction=c.val_fraction, shard_tokens=c.shard_tokens)
+    else:
+        data = verify(command.folder)
+    print(f"{command.folder}: tokenizer {data.tokenizer.name}, {data.tokenizer.n_vocab:,} ids")
+    for split in SPLITS:
+        meta = data.meta[split]
+        count = f"{len(meta['shards']):,} {'shard' if len(meta['shards']) == 1 else 'shards'}"
+        print(f"{split:5}  {meta['tokens']:15,} tokens  {meta['bytes']:15,} bytes of text  {count}")
+        for path in sorted({str(Path(entry["path"]).parent) for entry in meta["shards"]} - {"."}):
+            print(f"       in {path}")
+    if isinstance(command, Show):
+        print("every shard has the SHA-256 that it had when it was first read")
+
+
+if __name__ == "__main__":
+    run(main, Command, prog="python -m model.data")  # type: ignore[arg-type]

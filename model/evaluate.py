@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import tempfile
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,35 +22,47 @@ import numpy as np
 import torch
 import tyro
 
-from model import data
+from model import data, parallel
 from model.checkpoint import load_model
 from model.cli import UserError, pick_device, run
 from model.gpt import GPT, IGNORE
+from model.parallel import World
+from model.shards import Tokens
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokens: np.ndarray, *, context: int, batch_size: int, max_batches: int | None = None) -> float:
-    """Mean loss in nats of `model` over `tokens`, a 1-D array of ids.
+def evaluate(
+    model: GPT,
+    tokens: np.ndarray | Tokens,
+    *,
+    context: int,
+    batch_size: int,
+    max_windows: int | None = None,
+    world: World | None = None,
+) -> float:
+    """Mean loss in nats of `model` over `tokens`, ids in one row.
 
-    max_batches: take at most so many batches of batch_size * context tokens, spread evenly over the text; always the
-    same ones, so that two results compare. The model is in evaluation mode meanwhile, and afterwards in the mode it
-    had; no random number is drawn. Raises UserError for less than two tokens.
+    max_windows: take at most so many windows of `context` tokens, spread evenly over the text; always the same ones, so
+    that two results compare, whatever the batch size. The model is in evaluation mode meanwhile, and afterwards in the
+    mode it had; no random number is drawn. world: processes that share the batches; all get the mean of all. Raises
+    UserError for less than two tokens.
     """
+    world = world or World(0, 1, 0, torch.device("cpu"))
     device = next(model.parameters()).device
-    batches = math.ceil((len(tokens) - 1) / (context * batch_size))
-    stride = math.ceil(batches / max_batches) if max_batches else 1
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0  # summed on the device: one wait at the end
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets; summed there: one wait at the end
     was_training = model.training
     model.eval()
     try:
-        for idx, targets in islice(data.windows(tokens, context, batch_size), 0, None, stride):
+        batches = data.windows(tokens, context, batch_size, max_windows)
+        for (idx, targets), counts in parallel.turns(batches, world):
             _, loss = model(idx.to(device), targets.to(device))
-            n = int((targets != IGNORE).sum())
-            total += loss.double() * n
-            count += n
+            if counts:
+                n = int((targets != IGNORE).sum())
+                total += torch.stack([loss.double() * n, torch.full_like(total[1], n)])
     finally:
         model.train(was_training)
-    return total.item() / count
+    loss_sum, n_targets = parallel.sum_all(total, world).tolist()
+    return loss_sum / n_targets
 
 
 def perplexity(loss: float) -> float:
@@ -81,12 +92,12 @@ class EvaluateConfig:
     data: Source = None  # text file, or folder of them; without it the validation text of the run
     which: str = "best"  # checkpoint: last, best (lowest validation loss), or a name such as step-00000100
     batch_size: int = 16  # windows at once: what memory has to hold
-    max_batches: int | None = None  # measure on so many batches at most, spread over the text
+    max_windows: int | None = None  # measure on so many windows at most, spread over the text
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
 
 
 def main(cfg: EvaluateConfig) -> None:
-    for name in ("batch_size", "max_batches"):
+    for name in ("batch_size", "max_windows"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     model, tokenizer = load_model(cfg.run, pick_device(cfg.device), which=cfg.which)
@@ -98,7 +109,7 @@ def main(cfg: EvaluateConfig) -> None:
             text = data.prepare(cfg.data, Path(temporary) / "data", tokenizer, val_fraction=0.0)
             tokens, n_bytes, name = text.train, text.meta["train"]["bytes"], str(cfg.data)
         loss = evaluate(
-            model, tokens, context=model.config.n_positions, batch_size=cfg.batch_size, max_batches=cfg.max_batches
+            model, tokens, context=model.config.n_positions, batch_size=cfg.batch_size, max_windows=cfg.max_windows
         )
     print(f"{len(tokens):,} tokens, {n_bytes:,} bytes")
     print(f"{name} {describe(loss, len(tokens), n_bytes)}")

@@ -10,7 +10,8 @@ which knows what runs on which device. Two pairs of lines above are one operator
 for whoever reads it next is one pass over memory, and the loss takes the logits a part at a time and keeps none.
 
 Precision is explicit: parameters are float32, activations live in the one dtype given to GPT(config, dtype), and a
-weight is cast to it where it is used. In float32 that cast is free.
+weight is cast to it where it is used. In float32 that cast is free; elsewhere training keeps the copies of the matrices
+from one update to the next (`keep_working_weights`).
 
 Names are those of Hugging Face's GPT2LMHeadModel, weights in nn.Linear's order (out, in). The output head is tied, and
 here that means one parameter, transformer.wte.weight: lm_head.weight is no second name for it in parameters(),
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import (
     add_layer_norm,
@@ -50,6 +52,7 @@ class GPT(nn.Module):
         self.config = config
         self.dtype = dtype
         self.transformer = Transformer(config)
+        self.recompute = False  # keep only the inputs of each block for the backward pass, and compute the rest again
         self.reset_parameters()
 
     def forward(
@@ -59,6 +62,7 @@ class GPT(nn.Module):
         *,
         logits: Literal["all", "last"] = "all",
         cache: KVCache | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """idx, targets: (B, T) int64, T <= n_positions -> (logits, None), or (None, loss) where there are targets.
 
@@ -67,14 +71,23 @@ class GPT(nn.Module):
         Raises ValueError for a sequence longer than n_positions, and on a CPU for ids outside the vocabulary; a CUDA
         device reports those by its own assertion, as looking would make the host wait in every step.
 
+        documents: (B, T) integers; a token attends to those of its own document, a stretch of equal numbers, only.
+
         With a cache idx are the tokens that follow those in it, and join them: any number into an empty cache, then one
         at a time. For inference, in eval mode; ValueError where the cache is full or gradients are on.
         """
         x = self._embed(idx, cache)  # (B, T, C), the residual stream
         blocks: list[Block] = [*self.transformer.h]  # type: ignore[list-item]  # a ModuleList does not say of what
         y = blocks[0].ln_1(x)
-        for block, ln_next in zip(blocks, [*(b.ln_1 for b in blocks[1:]), self.transformer.ln_f], strict=True):
-            y, x = block(y, x, ln_next, cache)
+        norms = [*(block.ln_1 for block in blocks[1:]), self.transformer.ln_f]
+        if self.recompute and torch.is_grad_enabled():
+            seeds = self._seeds(idx.device)
+            for block, ln_next, seed in zip(blocks, norms, seeds, strict=True):
+                arguments = (y, x, ln_next, None, documents, seed)
+                y, x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            for block, ln_next in zip(blocks, norms, strict=True):
+                y, x = block(y, x, ln_next, cache, documents)
         if targets is not None:
             return None, linear_cross_entropy(y.flatten(0, 1), self.transformer.wte.weight, targets.flatten(), IGNORE)
         return lm_logits(y[:, -1:] if logits == "last" else y, self.transformer.wte.weight), None
@@ -92,6 +105,35 @@ class GPT(nn.Module):
         wpe = self.transformer.wpe
         positions = wpe.weight[:T] if cache is None else wpe(cache.extend(B, T))  # (T, C)
         return F.dropout((tokens + positions).to(self.dtype), self.config.embd_pdrop, self.training)
+
+    def _seeds(self, device: torch.device) -> list[list[Tensor] | None]:
+        """For each block the seeds of its three dropouts: drawn here, they are the same when it is computed again.
+
+        The alternative, to save and restore the generator, is not allowed inside a CUDA graph.
+        """
+        if not (self.training and (self.config.attn_pdrop or self.config.resid_pdrop)):
+            return [None] * self.config.n_layer
+        return [list(row) for row in torch.randint(2**63 - 1, (self.config.n_layer, 3), device=device)]
+
+    def keep_working_weights(self) -> None:
+        """Keep each matrix of the blocks in `dtype` too, until `refresh_working_weights` makes the copies anew.
+
+        A cast for each use would read every float32 weight in every forward pass. Nothing in float32. The copies are
+        no part of parameters() or state_dict(); gradients go to the float32 parameters, and are float32.
+        """
+        if self.dtype != torch.float32:
+            for linear in self._linears():
+                linear.working = linear.weight.detach().to(self.dtype)
+
+    @torch.no_grad()
+    def refresh_working_weights(self) -> None:
+        """To be called whenever parameters have changed. No host sync."""
+        kept = [(linear.working, linear.weight) for linear in self._linears() if linear.working is not None]
+        if kept:
+            torch._foreach_copy_([working for working, _ in kept], [weight for _, weight in kept])
+
+    def _linears(self) -> list[Linear]:
+        return [module for module in self.modules() if isinstance(module, Linear)]
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -143,10 +185,22 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, y: Tensor, x: Tensor, ln_next: LayerNorm, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
-        """x: the residual stream, y: ln_1(x); (B, T, C) -> ln_next(x), x after this layer, for the next to go on."""
-        y, x = self.ln_2.add(self.attn(y, cache), x)
-        return ln_next.add(self.mlp(y), x)
+    def forward(
+        self,
+        y: Tensor,
+        x: Tensor,
+        ln_next: LayerNorm,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        seeds: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x: the residual stream, y: ln_1(x); (B, T, C) -> ln_next(x), x after this layer, for the next to go on.
+
+        seeds: of the dropout of attention, after attention and after the MLP; drawn where there are none.
+        """
+        attention_seed, attn_seed, mlp_seed = seeds or (None, None, None)
+        y, x = self.ln_2.add(self.attn(y, cache, documents, attention_seed), x, attn_seed)
+        return ln_next.add(self.mlp(y), x, mlp_seed)
 
 
 class CausalSelfAttention(nn.Module):
@@ -160,7 +214,9 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.attn_pdrop = config.attn_pdrop
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:  # (B, T, C) -> (B, T, C)
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, documents: Tensor | None = None, seed: Tensor | None = None
+    ) -> Tensor:  # (B, T, C) -> (B, T, C)
         qkv = self.c_attn(x)  # (B, T, 3C): queries, keys, values side by side, and they stay packed
         if cache is not None:
             q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in qkv.chunk(3, -1))  # (B, H, T, D)
@@ -168,7 +224,8 @@ class CausalSelfAttention(nn.Module):
             if cache.length > x.shape[1]:  # there are tokens before this one
                 o = decode_attention(q[:, :, 0], k_cache, v_cache, cache.lengths)  # (B, H, D)
                 return self.c_proj(o.flatten(1)[:, None])
-        o = causal_attention(qkv, self.n_head, dropout_p=self.attn_pdrop if self.training else 0.0)  # (B, T, C)
+        p = self.attn_pdrop if self.training else 0.0
+        o = causal_attention(qkv, self.n_head, dropout_p=p, seed=seed, documents=documents)  # (B, T, C)
         return self.c_proj(o)
 
 
@@ -182,18 +239,40 @@ class MLP(nn.Module):
         self.approximate = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        h = linear_gelu(x, self.c_fc.weight, self.c_fc.bias, self.approximate)  # (B, T, 4C)
+        h = linear_gelu(x, self.c_fc.weight_in(x.dtype), self.c_fc.bias, self.approximate)  # (B, T, 4C)
         return self.c_proj(h)
 
 
 class Linear(nn.Linear):
     """nn.Linear that computes in the dtype of its input."""
 
+    working: Tensor | None
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool) -> None:
+        super().__init__(n_in, n_out, bias=bias)
+        self.register_buffer("working", None, persistent=False)
+
     def reset_parameters(self) -> None:
         """Nothing: GPT.reset_parameters draws every weight, and nn.Linear's own draw would only cost time."""
 
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, (out, in): the working copy where one is kept."""
+        return self.weight.to(dtype) if self.working is None else _Working.apply(self.weight, self.working)
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.weight_in(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class _Working(torch.autograd.Function):
+    """A copy in another dtype that stands for its weight: what a cast computes, without computing it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, working: Tensor) -> Tensor:
+        return working.view_as(working)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.float(), None
 
 
 class LayerNorm(nn.LayerNorm):
@@ -206,10 +285,10 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         return layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, update: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, update: Tensor, x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Adds what a sub-layer wrote to the residual stream x, (B, T, C) -> the new x normalised, and the new x."""
         p = self.resid_pdrop if self.training else 0.0
-        return add_layer_norm(update, x, self.weight, self.bias, self.eps, dropout_p=p)
+        return add_layer_norm(update, x, self.weight, self.bias, self.eps, dropout_p=p, seed=seed)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -47,8 +47,8 @@ def _train(providers, missing=None, *, batches=(2,), overrides=None, **options):
 
 def test_a_training_step_is_timed_and_its_memory_measured():
     missing = {}
-    (rows,) = _train(["eager", "hf", "triton", "triton+graph", "hf+liger", "nanogpt"], missing)
-    assert set(rows) == {"eager", "hf", CONTROL} and not any(row.error for row in rows.values())
+    (rows,) = _train(["eager", "hf", "triton", "triton+graph", "trainer", "hf+liger", "nanogpt"], missing)
+    assert set(rows) == {"eager", "hf", "trainer", CONTROL} and not any(row.error for row in rows.values())
     assert missing.keys() == {"triton", "triton+graph", "hf+liger", "nanogpt"}
     assert missing["triton"] == "needs a CUDA device" and "nanoGPT" in missing["nanogpt"]
     eager = rows["eager"]
@@ -85,7 +85,7 @@ def test_each_rung_runs_its_kernels_and_computes_the_same_losses(no_profiler):
             return fn(*args, **(kwargs or {}))
 
     proof, ops = train_step._Proof(), {}
-    for name in (name for name in train_step.LADDER if name not in ("compile", "triton+graph")):
+    for name in (name for name in train_step.LADDER if name not in ("compile", "triton+graph", "trainer")):
         step = train_step._prepare(name, task, proof)
         with Seen() as seen:
             step()

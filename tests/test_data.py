@@ -1,12 +1,16 @@
-"""Token folders (what is in them, what is refused, what survives a kill) and the batches drawn from them."""
+"""Token folders (what is in them, what is refused, what survives a kill), the batches drawn from them, the loader."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
+import os
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -14,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from model import books
+from model import books, shards
 from model import data as data_module
 from model import tokenizer as tk
 from model.cli import UserError
-from model.data import get_batch, load, prepare, verify, windows
+from model.data import Loader, get_batch, load, prepare, verify, windows
+from model.shards import Shard, Tokens, Writer
 from model.tokenizer import CharTokenizer, GPT2Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +35,19 @@ def corpus(folder: Path, **texts: str) -> Path:
     for name, text in texts.items():
         (folder / f"{name}.txt").write_bytes(text.encode())
     return folder
+
+
+@pytest.fixture
+def row(tmp_path):
+    """A function from ids to Tokens, in shards of 700."""
+
+    def make(ids) -> Tokens:
+        writer = Writer(tmp_path, "row", np.dtype("<u2"), shard_tokens=700)
+        writer.write(np.array(ids))
+        writer.close()
+        return Tokens([Shard.open(path) for path in writer.paths])
+
+    return make
 
 
 @pytest.fixture
@@ -49,15 +67,15 @@ def test_char_split_is_the_first_90_percent_of_the_characters(tmp_path, n, small
     data = prepare(corpus(tmp_path / "c", a=text) / "a.txt", tmp_path / "tokens", "char")
     assert (len(data.train), len(data.val)) == (int(0.9 * n), n - int(0.9 * n))
     assert data.tokenizer.chars == "".join(sorted(set(text)))
-    assert data.tokenizer.decode(data.train) + data.tokenizer.decode(data.val) == text
+    assert data.tokenizer.decode(data.train[:]) + data.tokenizer.decode(data.val[:]) == text
 
 
 def test_gpt2_ids_are_those_of_the_whole_text(tmp_path, small_pieces):
     data = prepare(corpus(tmp_path / "c", a=TEXT) / "a.txt", tmp_path / "tokens", "gpt2")
     encode = tk.gpt2_encoding().encode_ordinary
     n = int(0.9 * len(TEXT))
-    assert data.train.tolist() == encode(TEXT[:n])
-    assert data.val.tolist() == encode(TEXT[n:])
+    assert data.train[:].tolist() == encode(TEXT[:n])
+    assert data.val[:].tolist() == encode(TEXT[n:])
 
 
 @pytest.mark.parametrize("name", ["char", "gpt2"])
@@ -69,19 +87,19 @@ def test_end_of_text_stands_between_documents_only(tmp_path, name, small_pieces)
     for tokens, part in ((data.train, slice(0, 0.9)), (data.val, slice(0.9, 1))):
         documents = [t[int(part.start * len(t)) : int(part.stop * len(t))] for t in texts]
         expected = [i for document in documents for i in [*data.tokenizer.encode(document), eot]][:-1]
-        assert tokens.tolist() == expected
-        assert tokens.tolist().count(eot) == 2
+        assert tokens[:].tolist() == expected
+        assert expected.count(eot) == 2
 
 
 def test_a_document_too_short_for_a_split_leaves_no_gap_in_it(tmp_path):
     # one character: nothing of it is train, so no end of text stands there for it
     data = prepare(corpus(tmp_path / "c", a="aaaaaaaaaa", b="b", c="cccccccccc"), tmp_path / "tokens", "char")
     eot = data.tokenizer.eot_id
-    assert data.train.tolist() == [0] * 9 + [eot] + [2] * 9
-    assert data.val.tolist() == [0, eot, 1, eot, 2]
+    assert data.train[:].tolist() == [0] * 9 + [eot] + [2] * 9
+    assert data.val[:].tolist() == [0, eot, 1, eot, 2]
     # the same for the first document
     data = prepare(corpus(tmp_path / "d", a="a", b="bbbbbbbbbb", c="cccccccccc"), tmp_path / "tokens", "char")
-    assert data.train.tolist() == [1] * 9 + [eot] + [2] * 9
+    assert data.train[:].tolist() == [1] * 9 + [eot] + [2] * 9
 
 
 @pytest.mark.parametrize(("val_fraction", "n_train"), [(0, 1000), (0.25, 750), (1, 0)])
@@ -105,19 +123,19 @@ def test_gutenberg_files_are_cleaned(tmp_path):
         "*** END OF THE PROJECT GUTENBERG EBOOK A ***\r\nFooter\r\n"
     )
     data = prepare(corpus(tmp_path / "c", a=book), tmp_path / "tokens", "char", val_fraction=0)
-    assert data.tokenizer.decode(data.train) == "The text\nof it.\n"
+    assert data.tokenizer.decode(data.train[:]) == "The text\nof it.\n"
 
 
 def test_meta_and_files(tmp_path):
     source = corpus(tmp_path / "c", b="é" * 10, a="\ufeffab\r\n" * 5)
     corpus(source / "sub", c="xyz" * 10)
     folder = tmp_path / "tokens"
-    data = prepare(source, folder, "char")
-    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    data = prepare(source, folder, "char", shard_tokens=40)
+    names = {"train": ["train_000000.bin", "train_000001.bin"], "val": ["val_000000.bin"]}
+    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "tokenizer.json", *names["train"], *names["val"]]
     meta = json.loads((folder / "meta.json").read_text())
     assert meta == data.meta == load(folder).meta
-    assert meta["format"] == 1
-    assert meta["dtype"] == "uint16"
+    assert meta["format"] == 2
     # a byte-order mark counts at the beginning of a file only, as Unicode has it
     assert meta["sources"] == [
         {"path": "a.txt", "characters": 19},
@@ -125,37 +143,46 @@ def test_meta_and_files(tmp_path):
         {"path": "sub/c.txt", "characters": 30},
     ]
     for split in ("train", "val"):
-        content = (folder / f"{split}.bin").read_bytes()
-        text = data.tokenizer.decode(getattr(data, split))
-        assert meta[split]["tokens"] == len(content) // 2 == len(getattr(data, split))
-        assert meta[split]["bytes"] == len(text.encode())
-        assert meta[split]["sha256"] == hashlib.sha256(content).hexdigest()
+        tokens = getattr(data, split)
+        assert meta[split]["tokens"] == len(tokens)
+        assert meta[split]["bytes"] == len(data.tokenizer.decode(tokens[:]).encode())
+        assert [entry["path"] for entry in meta[split]["shards"]] == names[split]
+        for entry in meta[split]["shards"]:
+            content = (folder / entry["path"]).read_bytes()
+            assert entry["size"] == len(content) == 1024 + 2 * entry["tokens"]
+            assert entry["mtime_ns"] == (folder / entry["path"]).stat().st_mtime_ns
+            assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+    assert [entry["tokens"] for entry in meta["train"]["shards"]] == [40, 15]
 
 
-def test_tokens_are_read_only_and_mapped(tmp_path):
-    data = prepare(corpus(tmp_path / "c", a=TEXT), tmp_path / "tokens", "gpt2")
-    assert isinstance(data.train, np.memmap)
-    with pytest.raises(ValueError, match="read-only"):
-        data.train[0] = 1
+@pytest.mark.parametrize("name", ["char", "gpt2"])
+@pytest.mark.parametrize("shard_tokens", [1, 7, 1000])
+def test_shards_do_not_change_the_tokens(tmp_path, name, shard_tokens, small_pieces):
+    source = corpus(tmp_path / "c", a=TEXT[:300], b=TEXT[300:500])
+    whole = prepare(source, tmp_path / "whole", name)
+    cut = prepare(source, tmp_path / "cut", name, shard_tokens=shard_tokens)
+    for split in ("train", "val"):
+        assert getattr(cut, split)[:].tolist() == getattr(whole, split)[:].tolist()
+        assert cut.meta[split]["bytes"] == whole.meta[split]["bytes"]
 
 
 def test_large_vocabulary_takes_uint32(tmp_path):
     alphabet = "".join(map(chr, range(0x10000, 0x10000 + 0x10000)))  # 65,536 characters and the end of text
     data = prepare(corpus(tmp_path / "c", a=alphabet), tmp_path / "tokens", "char", val_fraction=0)
-    assert data.meta["dtype"] == "uint32"
-    assert data.train.tolist() == list(range(0x10000))
-    idx, targets = get_batch(data.train, context=4, batch_size=64, seed=0, step=0)
+    assert data.train.dtype == np.uint32
+    assert data.train[:].tolist() == list(range(0x10000))
+    idx, targets = get_batch(data.train, context=4, seed=0, step=0, rows=range(64))
     assert (targets == idx + 1).all()
     assert targets.max() > 40_000
 
     alphabet = alphabet[:-1]
-    assert prepare(corpus(tmp_path / "c", a=alphabet), tmp_path / "tokens", "char").meta["dtype"] == "uint16"
+    assert prepare(corpus(tmp_path / "c", a=alphabet), tmp_path / "tokens", "char").train.dtype == np.uint16
 
 
 def test_a_ready_tokenizer_is_used_as_it_is(tmp_path):
     tokenizer = CharTokenizer("abcdefgh")
     data = prepare(corpus(tmp_path / "c", a="hgfedcbaaa"), tmp_path / "tokens", tokenizer)
-    assert data.train.tolist() == [7, 6, 5, 4, 3, 2, 1, 0, 0]
+    assert data.train[:].tolist() == [7, 6, 5, 4, 3, 2, 1, 0, 0]
     assert data.tokenizer.chars == "abcdefgh"
     with pytest.raises(UserError, match="'x'"):
         prepare(corpus(tmp_path / "c", a="abcx"), tmp_path / "other", tokenizer)
@@ -165,6 +192,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(books, "_READ_BYTES", 1 << 16)
     monkeypatch.setattr(tk, "PIECE", 1 << 14)
     monkeypatch.setattr(data_module, "PIECE", 1 << 14)
+    monkeypatch.setattr(shards, "_BLOCK_BYTES", 1 << 16)
     text = "".join(f"line {i} of a long text\n" for i in range(4000))
     path = corpus(tmp_path / "c", a=text) / "a.txt"
     prepare(path, tmp_path / "tokens", "char")  # imports and caches
@@ -200,12 +228,12 @@ class Failing(CharTokenizer):
 def test_a_failed_prepare_leaves_nothing_and_keeps_what_was_there(tmp_path, small_pieces, error):
     source = corpus(tmp_path / "c", a=TEXT)
     prepare(source, tmp_path / "tokens", "char", val_fraction=0.5)
-    before = (tmp_path / "tokens" / "train.bin").read_bytes()
+    before = (tmp_path / "tokens" / "train_000000.bin").read_bytes()
     for folder in ("tokens", "new"):
         with pytest.raises(type(error)):
             prepare(source, tmp_path / folder, Failing(TEXT, error))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "tokens"]
-    assert (tmp_path / "tokens" / "train.bin").read_bytes() == before
+    assert (tmp_path / "tokens" / "train_000000.bin").read_bytes() == before
     verify(tmp_path / "tokens")
 
 
@@ -236,11 +264,31 @@ data.prepare(Path(sys.argv[1]), Path(sys.argv[2]), Killing(Path(sys.argv[1], "a.
 def test_prepare_again_replaces_the_folder(tmp_path):
     prepare(corpus(tmp_path / "c", a=TEXT), tmp_path / "tokens", "char")
     old = load(tmp_path / "tokens")
+    old_ids = old.train[:]
     data = prepare(corpus(tmp_path / "c", a="abab" * 10), tmp_path / "tokens", "gpt2")
     assert (data.tokenizer.name, load(tmp_path / "tokens").tokenizer.name) == ("gpt2", "gpt2")
-    assert len(old.train) == int(0.9 * len(TEXT))  # an open one stays what it was
-    assert int(old.train.max()) < old.tokenizer.n_vocab
+    assert old.train[:].tolist() == old_ids.tolist()  # an open one stays what it was
+    with pytest.raises(UserError, match=r"val_000000\.bin was changed while it was in use"):
+        old.val[:]  # not read so far
+    assert data.tokenizer.decode(data.train[:]) == "abab" * 9
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "tokens"]
+
+
+def test_prepare_again_replaces_a_folder_of_another_form(tmp_path):
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    for name in ("train.bin", "val.bin", "tokenizer.json"):  # what an older version of this project left
+        (folder / name).write_bytes(b"abcd")
+    (folder / "meta.json").write_text('{"format": 1, "dtype": "uint16"}')
+    with pytest.raises(UserError, match="format 1, this version reads 2: prepare the text again"):
+        load(folder)
+    prepare(corpus(tmp_path / "c", a=TEXT), folder, "char")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "meta.json",
+        "tokenizer.json",
+        "train_000000.bin",
+        "val_000000.bin",
+    ]
 
 
 def test_prepare_into_an_empty_or_a_deep_folder(tmp_path):
@@ -316,7 +364,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "tokens"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"format": 1}', "\x00\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"format": 2}', "\x00\xff"])
 def test_load_refuses_a_damaged_meta(folder, content):
     (folder / "meta.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=r"meta\.json is damaged"):
@@ -326,23 +374,34 @@ def test_load_refuses_a_damaged_meta(folder, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2"),
-        ({"dtype": "float32"}, "format"),
-        ({"dtype": []}, "damaged"),
+        ({"format": 3}, "format 3"),
         ({"train": {"tokens": "many"}}, "damaged"),
         ({"train": {"tokens": float("inf")}}, "damaged"),
-        ({"train": {"tokens": -1}}, r"train\.bin should have"),
-        ({"val": {}}, "damaged"),
+        ({"train": {"tokens": -1}}, "damaged"),
+        ({"train": {"bytes": 7}}, "damaged"),
+        ({"train": {"shards": []}}, "damaged"),
+        ({"val": {"shards": None}}, "damaged"),
+        ({"val": {"shards": [{"tokens": 320, "bytes": 352}]}}, "damaged"),
+        ({"val": {"shards": ["val_000000.bin"]}}, "damaged"),
+        ({"val": {"path": 5}}, "damaged"),
+        ({"val": {"sha256": None}}, "damaged"),
     ],
 )
 def test_load_refuses_a_meta_that_is_not_ours(folder, change, message):
     meta = json.loads((folder / "meta.json").read_text())
+    for split in ("train", "val"):
+        if split not in change:
+            continue
+        if change[split].keys() & {"path", "sha256"}:  # of a shard; None: taken away
+            entry = {**meta[split]["shards"][0], **change[split]}
+            change = {split: {"shards": [{name: value for name, value in entry.items() if value is not None}]}}
+        change = {split: {**meta[split], **change[split]}}
     (folder / "meta.json").write_text(json.dumps({**meta, **change}))
     with pytest.raises(UserError, match=message):
         load(folder)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin"])
 @pytest.mark.parametrize("damage", ["one byte less", "one token more", "empty", "missing"])
 def test_load_refuses_a_token_file_of_the_wrong_size(folder, name, damage):
     content = (folder / name).read_bytes()
@@ -363,23 +422,25 @@ def test_load_refuses_what_is_not_a_token_folder(tmp_path):
             load(path)
 
 
-@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin"])
 def test_verify_finds_one_wrong_bit(folder, name):
     verify(folder)
-    content = bytearray((folder / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
+    path = folder / name
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[1024 + (len(content) - 1024) // 4 * 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     load(folder)
-    with pytest.raises(UserError, match=rf"{name[:-4]}\.bin is damaged"):
+    with pytest.raises(UserError, match=rf"{name[:-4]}\.bin is not what it was .* its SHA-256 is another"):
         verify(folder)
 
 
 # Batches
 
 
-def test_batch_is_made_of_windows_and_their_next_tokens():
-    tokens = np.arange(1000, dtype=np.uint16)
-    idx, targets = get_batch(tokens, context=16, batch_size=8, seed=3, step=5)
+def test_batch_is_made_of_windows_and_their_next_tokens(row):
+    idx, targets = get_batch(row(range(1000)), context=16, seed=3, step=5, rows=range(8))
     for tensor in (idx, targets):
         assert (tensor.shape, tensor.dtype, tensor.device.type) == ((8, 16), torch.int64, "cpu")
         assert tensor.is_contiguous()
@@ -387,33 +448,33 @@ def test_batch_is_made_of_windows_and_their_next_tokens():
     assert (idx[:, 1:] == idx[:, :-1] + 1).all()
 
 
-def test_batch_at_the_smallest_legal_length():
-    tokens = np.array([5, 6, 7, 8], dtype=np.uint16)
+def test_batch_at_the_smallest_legal_length(row):
+    tokens = row([5, 6, 7, 8])
     for step in range(20):
-        idx, targets = get_batch(tokens, context=3, batch_size=2, seed=0, step=step)
+        idx, targets = get_batch(tokens, context=3, seed=0, step=step, rows=range(2))
         assert idx.tolist() == [[5, 6, 7]] * 2
         assert targets.tolist() == [[6, 7, 8]] * 2
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
-def test_batch_refuses_too_short_a_text(n):
+def test_batch_refuses_too_short_a_text(row, n):
     with pytest.raises(UserError, match="too few for a context of 3: 4 are needed"):
-        get_batch(np.zeros(n, dtype=np.uint16), context=3, batch_size=2, seed=0, step=0)
+        get_batch(row([0] * n), context=3, seed=0, step=0, rows=range(2))
 
 
-def test_batch_reaches_every_place_equally():
-    tokens = np.arange(12, dtype=np.uint16)  # 12 - 4 = 8 places
-    starts = torch.cat([get_batch(tokens, context=4, batch_size=32, seed=1, step=s)[0][:, 0] for s in range(250)])
+def test_batch_reaches_every_place_equally(row):
+    tokens = row(range(12))  # 12 - 4 = 8 places
+    starts = torch.cat([get_batch(tokens, context=4, seed=1, step=s, rows=range(32))[0][:, 0] for s in range(250)])
     counts = torch.bincount(starts, minlength=8)
     assert len(counts) == 8
     assert (counts - 1000).abs().max() < 150  # 5 standard deviations of a binomial draw
 
 
-def test_batch_is_a_pure_function_of_seed_and_step():
-    tokens = np.arange(50_000, dtype=np.uint16)
+def test_batch_is_a_pure_function_of_seed_and_step(row):
+    tokens = row(range(50_000))
 
     def draw(seed, step):
-        return get_batch(tokens, context=8, batch_size=16, seed=seed, step=step)[0][:, 0].tolist()
+        return get_batch(tokens, context=8, seed=seed, step=step, rows=range(16))[0][:, 0].tolist()
 
     wanted = [draw(7, step) for step in range(10)]
     np.random.seed(1)
@@ -426,19 +487,176 @@ def test_batch_is_a_pure_function_of_seed_and_step():
     assert len(set(flat)) > 0.98 * len(flat)  # no two draws share a stretch of the generator
 
 
-def test_batch_stays_the_same_in_every_version():
+def test_batch_stays_the_same_in_every_version(row):
     # a run that is resumed after an upgrade must go on with the same batches
-    tokens = np.arange(60_000, dtype=np.uint16)
-    idx, _ = get_batch(tokens, context=1, batch_size=5, seed=1234, step=56)
+    tokens = row(range(60_000))
+    idx, _ = get_batch(tokens, context=1, seed=1234, step=56, rows=range(5))
     assert idx[:, 0].tolist() == [55954, 45487, 888, 9640, 534]
 
 
-def test_changing_a_batch_leaves_the_tokens_alone():
-    tokens = np.arange(100, dtype=np.uint16)
-    idx, targets = get_batch(tokens, context=4, batch_size=2, seed=0, step=0)
+@pytest.mark.parametrize("cuts", [(0, 12), (0, 1, 12), (0, 4, 8, 12), (0, 3, 6, 9, 12), tuple(range(13))])
+def test_parts_of_a_batch_are_the_batch(row, cuts):
+    tokens = row(range(5000))
+    draw = dict(context=8, seed=3, step=4)
+    whole = get_batch(tokens, rows=range(12), **draw)
+    parts = [get_batch(tokens, rows=range(a, b), **draw) for a, b in itertools.pairwise(cuts)]
+    for i in (0, 1):
+        assert torch.cat([part[i] for part in parts]).equal(whole[i])
+    assert get_batch(tokens, rows=range(1, 12, 3), **draw)[0].equal(whole[0][1::3])
+
+
+def test_changing_a_batch_leaves_the_tokens_alone(row):
+    tokens = row(range(100))
+    idx, targets = get_batch(tokens, context=4, seed=0, step=0, rows=range(2))
     idx.fill_(0)
     assert (targets >= 1).all()
-    assert tokens.tolist() == list(range(100))
+    assert tokens[:].tolist() == list(range(100))
+
+
+# The loader
+
+
+@pytest.fixture
+def loader():
+    """Loader, closed in the end."""
+    made = []
+
+    def make(tokens, **options) -> Loader:
+        options = dict(context=8, seed=3, first_step=5, rows=range(12), micro_batch=2, device="cpu") | options
+        made.append(Loader(tokens, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_loader_gives_the_batch_of_each_step_in_order(row, loader, readers):
+    tokens = row(range(5000))
+    batches = loader(tokens, readers=readers)
+    for step in range(5, 25):
+        wanted = get_batch(tokens, context=8, seed=3, step=step, rows=range(12))
+        for found, all_rows in zip(next(batches), wanted, strict=True):
+            assert (found.shape, found.dtype) == ((6, 2, 8), torch.int64)
+            assert found.is_contiguous()
+            assert found.view(12, 8).equal(all_rows)
+
+
+def test_loaders_of_several_processes_share_a_step(row, loader):
+    tokens = row(range(5000))
+    whole = loader(tokens)
+    parts = [loader(tokens, rows=range(start, start + 4)) for start in (0, 4, 8)]
+    for _ in range(4):
+        idx, targets = next(whole)
+        pairs = [next(part) for part in parts]
+        assert torch.cat([pair[0] for pair in pairs]).equal(idx)
+        assert torch.cat([pair[1] for pair in pairs]).equal(targets)
+
+
+def test_loader_goes_on_where_another_stopped(row, loader):
+    tokens = row(range(5000))
+    first = loader(tokens)
+    for _ in range(3):
+        next(first)
+    assert next(first)[0].equal(next(loader(tokens, first_step=8))[0])
+
+
+def test_a_batch_stays_what_it_is_while_the_loader_goes_on(row, loader):
+    batches = loader(row(range(5000)))
+    idx, _ = next(batches)
+    before = idx.clone()
+    for _ in range(20):
+        next(batches)
+    assert idx.equal(before)
+
+
+class Slow(Tokens):
+    """Tokens that a test can hold back, make fail, and count the readings of."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        super().__init__(tokens.shards)
+        self.read = 0
+        self.may_go = threading.Event()
+        self.error: Exception | None = None
+
+    def rows(self, starts, length):
+        self.read += 1
+        self.may_go.wait()
+        if self.error:
+            raise self.error
+        return super().rows(starts, length)
+
+
+def until(condition) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within ten seconds")
+
+
+def test_loader_reads_ahead_but_not_without_end(row, loader):
+    tokens = Slow(row(range(5000)))
+    batches = loader(tokens, readers=2)
+    until(lambda: tokens.read == 2)  # nobody has asked for a batch, and both threads are at it
+    tokens.may_go.set()
+    until(lambda: tokens.read == 4)
+    time.sleep(0.1)
+    assert tokens.read == 4
+    next(batches)
+    until(lambda: tokens.read == 5)
+
+
+def test_an_error_of_a_reader_comes_where_its_step_is_asked_for(row, loader):
+    tokens = Slow(row(range(5000)))
+    tokens.may_go.set()
+    batches = loader(tokens, readers=1)
+    until(lambda: tokens.read == 2)
+    tokens.error = OSError(5, "Input/output error", "train_000003.bin")
+    for _ in range(2):
+        next(batches)
+    for _ in range(5):  # and again: no step is passed over
+        with pytest.raises(OSError, match="train_000003"):
+            next(batches)
+    with pytest.raises(UserError, match="too few"):
+        next(loader(row([1, 2])))
+
+
+def test_close_does_not_wait_for_a_reader(row, loader):
+    tokens = Slow(row(range(5000)))
+    batches = loader(tokens, readers=1)
+    until(lambda: tokens.read == 1)
+    batches.close()  # would wait for ever
+    tokens.may_go.set()
+    until(lambda: batches._ahead[0].done())
+    time.sleep(0.1)
+    assert tokens.read == 1  # the steps that it had before it were given up
+
+
+def test_loader_refuses_half_a_micro_step(row, loader):
+    with pytest.raises(ValueError, match="12 rows are not a whole number of micro-steps of 5"):
+        loader(row(range(100)), micro_batch=5)
+
+
+@pytest.mark.gpu
+def test_loader_on_a_gpu(row, loader):
+    tokens = row(range(60_000))
+    options = dict(context=512, rows=range(64), micro_batch=8, device="cuda")
+    batches = loader(tokens, **options)
+    work = torch.randn(2048, 2048, device="cuda")
+    sums = []
+    for _ in range(30):
+        for _ in range(10):
+            work = torch.nn.functional.normalize(work @ work)  # keeps the stream behind the host
+        idx, targets = next(batches)
+        assert idx.is_cuda
+        assert idx.shape == (8, 8, 512)
+        sums.append((idx + 0, targets + 0))
+    for step, (idx, targets) in enumerate(sums, 5):
+        wanted = get_batch(tokens, context=512, seed=3, step=step, rows=range(64))
+        assert idx.cpu().view(64, 512).equal(wanted[0])
+        assert targets.cpu().view(64, 512).equal(wanted[1])
 
 
 # Windows
@@ -458,6 +676,12 @@ def test_windows_cover_everything_once_in_order(n, batch_size):
     assert idx[real].tolist() == tokens[:-1].tolist()
     assert real.flatten().tolist() == [True] * (n - 1) + [False] * (real.numel() - n + 1)
     assert (idx[~real] == 0).all()
+
+
+def test_windows_of_shards(row):
+    ids = np.arange(2000) % 977
+    pairs = zip(windows(row(ids), 16, 3), windows(ids, 16, 3), strict=True)
+    assert all(found.equal(wanted) for pair in pairs for found, wanted in zip(*pair, strict=True))
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -494,10 +718,10 @@ def test_gpt2_needs_no_first_look_at_the_text_but_it_is_counted(tmp_path):
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(self, ids, n_bytes):
+    def full(self, ids):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data_module._Writer, "write", full)
+    monkeypatch.setattr(Writer, "write", full)
     (tmp_path / "text.txt").write_text("some text\n" * 10)
     with pytest.raises(OSError) as caught:
         prepare(tmp_path / "text.txt", tmp_path / "tokens", "char")

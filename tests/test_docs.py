@@ -25,7 +25,8 @@ TINY = ["--n-layer", "1", "--n-embd", "16", "--context", "16", "--batch-size", "
 SHORTER = {
     "python train.py --data": [*TINY, "--steps", "2"],
     "python train.py --resume": ["--steps", "6"],
-    "python train.py --preset gpt2": [*TINY, "--steps", "2", "--n-head", "1"],
+    "python train.py --preset gpt2-124M": [*TINY, "--steps", "2", "--n-head", "1", "--grad-accum", "1"],
+    "torchrun": [*TINY, "--steps", "2"],
     "python -m model.generate": ["--tokens", "20"],
     "python -m kernels check": ["--op", "bias_gelu", "--dtype", "float32"],
     "python -m bench static": ["--op", "bias_gelu", "--bench-only"],
@@ -42,6 +43,7 @@ MAKE = {
     "make static": "python -m bench static",
     "make fuzz": "python -m pytest -q -m long tests/test_properties.py",
     "make mutants": "python tests/mutants.py",
+    "make faults": "python -m pytest -q -m long tests/test_faults.py",
 }
 
 
@@ -78,9 +80,10 @@ def test_every_command_of_the_readme_runs(command, folder):
         assert done.returncode == 0 and f".venv/bin/{MAKE[command]}" in done.stdout, done.stdout + done.stderr
         return
     argv = shlex.split(command)
-    assert argv[0] in ("python", "pytest"), f"no test knows how to run {command!r}"
+    module = {"python": [], "pytest": ["-m", "pytest"], "torchrun": ["-m", "torch.distributed.run"]}
+    assert argv[0] in module, f"no test knows how to run {command!r}"
     extra = next((more for start, more in SHORTER.items() if command.startswith(start)), [])
-    done = _run([sys.executable, *(["-m", "pytest"] if argv[0] == "pytest" else []), *argv[1:], *extra], folder)
+    done = _run([sys.executable, *module[argv[0]], *argv[1:], *extra], folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()
 

@@ -13,7 +13,6 @@ from model.cli import UserError, run
 from model.config import GPTConfig
 from model.evaluate import EvaluateConfig, bits_per_byte, evaluate, main, perplexity
 from model.gpt import GPT
-from model.optim import adamw
 
 V, T = 7, 8
 TOKENS = np.random.default_rng(0).integers(0, V, 101).astype(np.uint16)
@@ -44,17 +43,20 @@ def test_loss_is_the_mean_over_every_token_but_the_first(model, n, batch_size):
     assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
-def test_max_batches_are_few_spread_and_always_the_same(model, monkeypatch):
+def test_max_windows_are_few_spread_and_always_the_same(model, monkeypatch):
     seen = []
     forward = GPT.forward
     monkeypatch.setattr(GPT, "forward", lambda self, idx, targets: seen.append(idx) or forward(self, idx, targets))
-    first = evaluate(model, TOKENS, context=T, batch_size=2, max_batches=3)  # of 7
-    assert first == evaluate(model, TOKENS, context=T, batch_size=2, max_batches=3)
-    everything = [idx for idx, _ in data.windows(TOKENS, T, 2)]
-    assert len(seen) == 6 and all(torch.equal(a, b) for a, b in zip(seen, everything[::3] * 2, strict=True))
+    first = evaluate(model, TOKENS, context=T, batch_size=2, max_windows=5)
+    assert [len(idx) for idx in seen] == [2, 2, 1]
+    assert first == pytest.approx(evaluate(model, TOKENS, context=T, batch_size=4, max_windows=5), rel=1e-6)
+    everything = torch.cat([idx for idx, _ in data.windows(TOKENS, T, 100)])
+    n = len(everything)
+    spread = everything[[i * n // 5 for i in range(5)]]
+    assert n > 12 and torch.equal(torch.cat(seen[:3]), spread) and torch.equal(torch.cat(seen[3:]), spread)
     seen.clear()
-    assert evaluate(model, TOKENS, context=T, batch_size=2, max_batches=50) != first
-    assert len(seen) == 7
+    assert evaluate(model, TOKENS, context=T, batch_size=2, max_windows=1000) != first
+    assert sum(map(len, seen)) == n
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -110,10 +112,8 @@ def folder(tmp_path):
     tokens = data.prepare(text, tmp_path / "run/data", "char")
     tokens.tokenizer.save(tmp_path / "run/tokenizer")
     model = GPT(GPTConfig(vocab_size=tokens.tokenizer.n_vocab, n_positions=T, n_embd=8, n_layer=1, n_head=2))
-    optimizer = adamw(model, lr=0.1, betas=(0.9, 0.99), weight_decay=0.0)
-    model(*data.get_batch(tokens.train, context=T, batch_size=2, seed=0, step=0))[1].backward()
-    optimizer.step()
-    checkpoint.save(tmp_path / "run", 1, model, optimizer, config={}, val_loss=2.0, best_val_loss=2.0, elapsed_s=1.0)
+    parts = {"model": dict(model.named_parameters())}
+    checkpoint.save(tmp_path / "run", 1, parts, config={}, model=model.config, best_val_loss=None, elapsed_s=1.0)
     return tmp_path / "run"
 
 
@@ -154,7 +154,7 @@ def test_command_measures_another_text(folder, tmp_path, capsys):
         (["RUN", "--which", "step-9"], "has no checkpoint 'step-9'"),
         (["RUN", "--data", "missing.txt"], "missing.txt"),
         (["RUN", "--batch-size", "0"], "--batch-size must be at least 1"),
-        (["RUN", "--max-batches", "0"], "--max-batches must be at least 1"),
+        (["RUN", "--max-windows", "0"], "--max-windows must be at least 1"),
     ],
 )
 def test_command_refuses_in_words(folder, argv, words, capsys):

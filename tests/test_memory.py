@@ -68,6 +68,31 @@ def test_peak_counts_the_backward_pass(device):
     assert memory.peak(lambda: w.sigmoid().sum().backward(), device) >= 8 * MIB
 
 
+def test_levels_end_with_what_the_result_holds(device):
+    def call():
+        scratch = _empty(3, device)
+        del scratch
+        return [_empty(1, device), _empty(1, device)]
+
+    assert memory.levels(call, device) == (3 * MIB, 2 * MIB)
+    w = torch.ones(MIB, device=device, requires_grad=True)
+    assert memory.levels(lambda: (w * w.detach()).sigmoid().sum(), device)[1] == pytest.approx(4 * MIB, abs=4096)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [({"recompute": True}, "activations"), ({"optimizer": "muon"}, "optimizer"), ({"ema": True}, "ema")],
+    ids=str,
+)
+def test_a_step_is_run_with_its_options(options, part):
+    config = replace(NANO, n_layer=6)
+    task = config, 8, 16, torch.float32, "eager"
+    saved = memory.step_peak(*task, torch.device("cpu")) - memory.step_peak(*task, torch.device("cpu"), **options)
+    plain, other = accounting.memory(*task, card=0), accounting.memory(*task, card=0, **options)
+    assert getattr(plain, part) != getattr(other, part)
+    assert saved == pytest.approx(plain.peak - other.peak, rel=0.03)
+
+
 @pytest.fixture
 def nano(monkeypatch):
     monkeypatch.setitem(memory.PRESETS, "nano", replace(NANO, resid_pdrop=0.2))
@@ -85,6 +110,7 @@ def test_rows_hold_the_prediction_and_the_peak_of_a_step(nano):
         needs = accounting.memory(NANO, batch, 16, torch.float32, "eager", card=0)  # and no dropout
         assert eager.metrics["predicted_mib"] * MIB == needs.peak
         assert eager.metrics["workspace_mib"] * MIB == needs.workspace
+        assert not {"working_mib", "ema_mib"} & eager.metrics.keys()  # float32, no average
         counts = 200 / MIB  # AdamW also counts its steps, 4 bytes a tensor
         assert eager.metrics["peak_mib"] == pytest.approx(eager.metrics["predicted_mib"], abs=counts)
         assert triton.metrics["predicted_mib"] * MIB == accounting.memory(NANO, batch, 16, torch.float32).peak

@@ -1,0 +1,252 @@
+"""One step of training on one process: micro-steps, clipping, guards, update. Nothing in it waits for the device.
+
+    L = sum_i n_i L_i / sum_i n_i                    over the micro-steps i of all processes, n_i targets each
+    g = grad (s L)          norm = |g| / s           s: the loss scale of float16, else 1
+    w = update(w, g / (s max(1, norm / clip)))       unless the step is left out
+
+The division is done by the optimizer while it reads g, so clipping and unscaling cost no pass over the gradients.
+Whether a step is left out is decided on the device (`Guard`): the host may look, or not, whenever it likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model import parallel
+from model.gpt import GPT, IGNORE
+from model.optim import EMA, set_lr
+from model.parallel import World
+
+WINDOW = 128  # steps that a spike is measured against (llm.c's outlier detector has the same)
+FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in float16, as torch.amp.GradScaler has them
+EAGER_STEPS = 3  # before a CUDA graph is captured: they make the optimizer's state and set libraries up
+Spikes = Literal["off", "skip", "stop"]
+NOT_FINITE, SPIKE = 1, 2  # causes that end a run
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """What the random generators are set to before a step: a pure function, so no checkpoint holds their state."""
+    counter = (1 << 192) + (rank << 128) + (step << 64)  # batches are drawn below 1 << 128
+    return int(np.random.Philox(key=seed, counter=counter).random_raw() >> 1)
+
+
+class Guard:
+    """Decides on the device whether a step may change the weights, and keeps float16's loss scale.
+
+    A loss or norm that is not finite ends the run: from that step on nothing is updated, and the host finds the number
+    of the step in `bad_step` when it next looks. In float16 a norm that is not finite is an overflow: the step is left
+    out and the scale halved, until the scale is 1 and can be the cause no more. A spike is a loss or norm of more than
+    `z` standard deviations above the mean of the last WINDOW steps; it is left out ("skip") or ends the run ("stop").
+    """
+
+    def __init__(self, device: torch.device, *, spikes: Spikes = "off", z: float = 6.0, scaled: bool = False) -> None:
+        self.spikes, self.z, self.scaled = spikes, z, scaled
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0: none
+        self.cause = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps left out so far
+        self.scale = torch.full((), FIRST_SCALE if scaled else 1.0, device=device)
+        self.clean = torch.zeros((), dtype=torch.int64, device=device)  # steps since the scale last changed
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)  # finite steps
+        self.window = torch.zeros((2, WINDOW), dtype=torch.float64, device=device)  # their losses and norms
+        self.places = torch.arange(WINDOW, device=device)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be saved: a run that goes on decides as one that was never stopped."""
+        kept = {"skipped": self.skipped, "seen": self.seen, "window": self.window}
+        return kept | ({"scale": self.scale, "clean": self.clean} if self.scaled else {})
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+
+    def judge(self, step: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
+        """step: () int64, loss, norm: () of all processes -> () float32, 1.0 where the weights have to stay."""
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        overflow = torch.isfinite(loss) & ~finite & (self.scale > 1.0)  # of scaled gradients: no fault of the run
+        bad, skip = ~finite & ~overflow, overflow
+        cause = torch.where(bad, NOT_FINITE, 0)
+        if self.spikes != "off":
+            spike = self._is_spike(finite, loss, norm)
+            skip = skip | spike
+            if self.spikes == "stop":
+                bad, cause = bad | spike, torch.where(spike, SPIKE, cause)
+        first = (self.bad_step == 0) & bad
+        self.cause.copy_(torch.where(first, cause, self.cause))
+        self.bad_step.copy_(torch.where(first, step, self.bad_step))
+        if self.scaled:
+            self.clean.copy_(torch.where(overflow, 0, self.clean + 1))
+            grow = self.clean == GROWTH_STEPS
+            self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0)))
+            self.clean.mul_(~grow)
+        self.skipped.add_(skip)
+        return (skip | (self.bad_step > 0)).float()
+
+    def _is_spike(self, finite: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
+        values = torch.stack([loss, norm]).double()
+        deviation = values - self.window.mean(1)
+        spike = finite & (self.seen >= WINDOW) & (deviation > self.z * self.window.std(1, correction=0)).any()
+        # Spikes enter the window too: a run whose loss has moved for good is not left out for ever.
+        here = finite & (self.places == self.seen % WINDOW)
+        self.window.copy_(torch.where(here, values[:, None], self.window))
+        self.seen.add_(finite)
+        return spike
+
+
+class Step:
+    """Call it with the tokens of one step after another; `loss` and `norm` then are that step's, on the device."""
+
+    def __init__(
+        self,
+        model: GPT,
+        module: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        guard: Guard,
+        world: World,
+        *,
+        grad_clip: float,
+        seed: int,
+        document_id: int | None = None,
+        ema: EMA | None = None,
+        graph: bool = False,
+    ) -> None:
+        """module: model as this process runs it (compiled, DDP, FSDP2). grad_clip: largest norm, 0 for none.
+
+        document_id: the token that begins a document, if attention is to stay inside of each. graph: capture the whole
+        step in a CUDA graph after EAGER_STEPS; all calls must then be on one stream other than the default one.
+        """
+        self.model, self.module, self.optimizers, self.guard, self.world = model, module, optimizers, guard, world
+        self.grad_clip, self.seed, self.document_id, self.ema = grad_clip, seed, document_id, ema
+        self.parameters = list(model.parameters())
+        self.loss = self.norm = torch.zeros((), device=world.device)
+        self.step = torch.zeros((), dtype=torch.int64, device=world.device)
+        self.uses_graph = graph
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager_steps = 0
+
+    def __call__(self, idx: Tensor, targets: Tensor, *, step: int, lr: float) -> None:
+        """idx, targets: (A, B, T) int64, A micro-steps. step: number of the step, from 1. lr: learning rate."""
+        torch.manual_seed(dropout_seed(self.seed, step, self.world.rank))
+        set_lr(self.optimizers, lr)
+        self.step.fill_(step)
+        if self.uses_graph and self.graph is None and self.eager_steps == EAGER_STEPS:
+            self._capture(idx, targets)
+        if self.graph is None:
+            self._run(idx, targets)
+            self.eager_steps += 1
+        else:
+            self.static_idx.copy_(idx)
+            self.static_targets.copy_(targets)
+            self.graph.replay()
+
+    def _run(self, idx: Tensor, targets: Tensor) -> None:
+        self.loss = self._gradients(idx, targets)
+        scaled_norm = parallel.total_norm(self.model)
+        scale = self.guard.scale.clone()  # the guard is about to change it
+        self.norm = scaled_norm / scale
+        skip = self.guard.judge(self.step, self.loss, self.norm)
+        grad_scale = scale
+        if self.grad_clip:
+            grad_scale = scale * torch.clamp((self.norm + 1e-6) / self.grad_clip, min=1.0)
+        for optimizer in self.optimizers:
+            optimizer.grad_scale, optimizer.found_inf = grad_scale, skip  # type: ignore[attr-defined]
+            optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self.ema is not None:
+            self.ema.update(skip, self.step)
+        self.model.refresh_working_weights()
+
+    def _gradients(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Leaves the gradient of s L in p.grad -> L, () float32."""
+        counts = (targets != IGNORE).sum((1, 2))
+        # Processes average their gradients: times their number, it is the sum.
+        weights = counts * self.world.size / parallel.sum_all(counts.sum(), self.world)
+        total = torch.zeros((), device=idx.device)
+        for i in range(len(idx)):
+            with parallel.synchronise(self.module, i == len(idx) - 1):
+                loss = self._forward(idx[i], targets[i])
+                (loss * (weights[i] * self.guard.scale)).backward()
+            total = total + loss.detach() * weights[i]
+        return parallel.sum_all(total, self.world) / self.world.size
+
+    def _forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        documents = None if self.document_id is None else (idx == self.document_id).cumsum(1)
+        return self.module(idx, targets, documents=documents)[1]
+
+    def _capture(self, idx: Tensor, targets: Tensor) -> None:
+        """Record `_run`. Recording computes nothing, so the call that follows is this step's only one."""
+        self.static_idx, self.static_targets = idx.clone(), targets.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            self._run(self.static_idx, self.static_targets)
+        self.graph = graph
+
+    def warm_up(self, idx: Tensor, targets: Tensor) -> float:
+        """Forward and backward once, for nothing but to compile the kernels -> seconds."""
+        start = time.perf_counter()
+        with parallel.synchronise(self.module, True):
+            self._forward(idx[0], targets[0]).backward()
+        for parameter in self.parameters:
+            parameter.grad = None
+        if idx.is_cuda:
+            torch.cuda.synchronize(idx.device)
+        return time.perf_counter() - start
+
+    def examine(self, idx: Tensor, targets: Tensor, *, step: int) -> dict[str, Any]:
+        """Run the gradients of a step once more, to see where what is not finite comes from. The weights stay.
+
+        -> as JSON can carry it: the loss of each micro-step, the first module in the forward pass whose output is not
+        finite, and the parameters whose gradient is not.
+        """
+        torch.manual_seed(dropout_seed(self.seed, step, self.world.rank))
+        losses, first = [], None
+        with _first_not_finite(self.model) as found:
+            for i in range(len(idx)):
+                with parallel.synchronise(self.module, i == len(idx) - 1):
+                    loss = self._forward(idx[i], targets[i])
+                    (loss * self.guard.scale).backward()
+                losses.append(loss.item())
+                if first is None and found:
+                    first = {"micro_step": i, "module": found[0]}
+        gradients = [name for name, p in self.model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return {
+            "losses": [loss if math.isfinite(loss) else str(loss) for loss in losses],
+            "first_module_not_finite": first,
+            "gradients_not_finite": gradients,
+        }
+
+
+@contextlib.contextmanager
+def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules whose outputs are not finite, in the order in which they ran."""
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not all(_is_finite(t) for t in tensors if isinstance(t, Tensor)):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_finite(t: Tensor) -> bool:
+    return bool(torch.isfinite(t).all())
