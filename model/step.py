@@ -128,13 +128,15 @@ class Step:
         self.parameters = list(model.parameters())
         self.loss = self.norm = torch.zeros((), device=world.device)
         self.step = torch.zeros((), dtype=torch.int64, device=world.device)
+        config = model.config
+        self.draws = max(config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) > 0
         self.uses_graph = graph
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0
 
     def __call__(self, idx: Tensor, targets: Tensor, *, step: int, lr: float) -> None:
         """idx, targets: (A, B, T) int64, A micro-steps. step: number of the step, from 1. lr: learning rate."""
-        torch.manual_seed(dropout_seed(self.seed, step, self.world.rank))
+        self._seed(step)
         set_lr(self.optimizers, lr)
         self.step.fill_(step)
         if self.uses_graph and self.graph is None and self.eager_steps == EAGER_STEPS:
@@ -146,6 +148,12 @@ class Step:
             self.static_idx.copy_(idx)
             self.static_targets.copy_(targets)
             self.graph.replay()
+
+    def _seed(self, step: int) -> None:
+        """Set the one generator that dropout draws from; torch.manual_seed would visit those of all backends."""
+        if self.draws:
+            generator = torch.cuda if self.world.device.type == "cuda" else torch.default_generator
+            generator.manual_seed(dropout_seed(self.seed, step, self.world.rank))  # type: ignore[attr-defined]
 
     def _run(self, idx: Tensor, targets: Tensor) -> None:
         self.loss = self._gradients(idx, targets)
@@ -207,7 +215,7 @@ class Step:
         -> as JSON can carry it: the loss of each micro-step, the first module in the forward pass whose output is not
         finite, and the parameters whose gradient is not.
         """
-        torch.manual_seed(dropout_seed(self.seed, step, self.world.rank))
+        self._seed(step)
         losses, first = [], None
         with _first_not_finite(self.model) as found:
             for i in range(len(idx)):

@@ -448,7 +448,7 @@ def test_a_finished_run_says_so_and_takes_more_steps(here, capsys):
     )
     assert call("--resume", "runs/tiny", "--steps", 12, "--log-every", 1) == 0
     assert [row["step"] for row in rows(here / "runs/tiny")] == [1, 5, 10, 10, 11, 12, 12]
-    assert options.stored_config(here / "runs/tiny").steps == 12  # a third session goes on from there
+    assert options.stored_config(here / "runs/tiny").steps == 12  # a third call goes on from there
 
 
 def test_resume_can_go_back_to_an_earlier_checkpoint(here):
