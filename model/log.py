@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -124,12 +125,13 @@ class Log:
         self.page_s = self.page_written - start
 
     def _write(self, step: int, **values: float | None) -> None:
-        row = {"step": step, "tokens": step * self.tokens_per_step, **dict.fromkeys(MEASURED), **values}
+        # JSON has no infinity, which the norm of a float16 step that was left out may be.
+        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        row = {"step": step, "tokens": step * self.tokens_per_step, **dict.fromkeys(MEASURED), **finite}
         self.metrics.write(json.dumps({**row, "elapsed_s": self.elapsed_s()}) + "\n")
         if self.tensorboard:
-            for name, value in values.items():
-                if value is not None:
-                    self.tensorboard.add_scalar(name, value, step)
+            for name, value in finite.items():
+                self.tensorboard.add_scalar(name, value, step)
 
 
 def _peak_mib(device: torch.device) -> float | None:

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 import kernels._dispatch
 import model.log
+import model.step
 import train
-from model import checkpoint, config, data, options, runs
+from model import checkpoint, config, data, options, parallel, runs
 from model.cli import UserError, run
 from model.generate import generate
 from model.gpt import GPT
@@ -709,6 +710,16 @@ def test_a_spike_ends_the_run(here, capsys, monkeypatch):
     assert details["step"] == 137 and details["losses"][0] < 5 and details["gradients_not_finite"] == []
 
 
+def test_an_overflow_of_float16_is_left_out_and_the_metrics_stay_json(here, monkeypatch):
+    monkeypatch.setattr(model.step, "FIRST_SCALE", 2.0**40)
+    assert call(*SMALL, "--dtype", "float16", "--steps", 30, "--log-every", 1) == 0
+    found = [row for row in rows(here / "runs/tiny") if row["loss"] is not None]
+    assert "Infinity" not in (here / "runs/tiny/metrics.jsonl").read_text()
+    assert found[0]["grad_norm"] is None and found[0]["skipped"] == 1
+    assert 5 < found[-1]["skipped"] < 30 and found[-1]["grad_norm"] > 0
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
 # Extras
 
 
@@ -773,6 +784,23 @@ def test_graph_and_kernels_are_for_gpus(here, capsys):
     refused(here, capsys, [*SMALL, "--memory-snapshot"], "--memory-snapshot records a GPU's memory")
     refused(here, capsys, [*SMALL, "--dtype", "tf32"], "use --dtype float32")
     refused(here, capsys, [*SMALL, "--parallel", "fsdp"], "--parallel fsdp needs several processes")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"parallel": "fsdp", "optimizer": "muon"}, "--optimizer muon works on whole matrices"),
+        ({"parallel": "fsdp", "compile": True}, "--compile does not go with --parallel fsdp"),
+        ({"graph": "on", "device": "cuda"}, "--graph on is for one process"),
+        ({}, "torchrun --max-restarts needs --out or --resume"),
+    ],
+)
+def test_what_several_processes_cannot_do(changes, words, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    device = torch.device(changes.get("device", "cpu"))
+    with pytest.raises(UserError, match=words):
+        options.check_machine(replace(preset("tiny"), **changes), parallel.World(0, 2, 0, device))
+    options.check_machine(replace(preset("tiny"), out=Path("a")), parallel.World(0, 2, 0, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
