@@ -486,15 +486,14 @@ def _eager(
     # each (B, H, T, D), strided view; three chunks and not one permuted view, whose gradient would be copied once more
     q, k, v = (x.unflatten(-1, (n_head, -1)).transpose(1, 2) for x in qkv.chunk(3, -1))
     B, H, T, _ = q.shape
-    is_plain = dropout_p == 0.0 or seed is None
-    if is_plain and documents is None:
+    if documents is None and (dropout_p == 0.0 or seed is None):
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, scale=sm_scale)
         return o.transpose(1, 2).flatten(2)  # (B, T, C)
     visible = torch.ones((T, T), dtype=torch.bool, device=qkv.device).tril()
     if documents is not None:
         count = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0)).cumsum(1)  # (B, T), the documents begun before
         visible = visible & (count[:, None, :, None] == count[:, None, None, :])
-    if is_plain:
+    if dropout_p == 0.0 or seed is None:
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout_p, scale=sm_scale)
     else:
         keep = attention_dropout_mask(B, H, T, dropout_p, seed, qkv.device)
