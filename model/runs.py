@@ -87,9 +87,9 @@ def new_folder(out: Path | None, name: str) -> Iterator[Path]:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether the run in `folder` has done a step that it wrote down."""
+    """Whether the run in `folder` has left something of a step: its numbers, or what went wrong in it."""
     metrics = folder / METRICS
-    return metrics.exists() and metrics.stat().st_size > 0
+    return (metrics.exists() and metrics.stat().st_size > 0) or (folder / "failed").exists()
 
 
 def is_stillborn(folder: Path) -> bool:

@@ -997,6 +997,20 @@ def test_what_is_not_finite_never_reaches_the_weights(here, capsys, monkeypatch,
         assert all(value is None or math.isfinite(value) for value in row.values())
 
 
+def test_what_the_first_step_met_is_kept(here, capsys, monkeypatch):
+    forward = GPT.forward
+
+    def spoil(self, idx, targets=None, **options):
+        logits, loss = forward(self, idx, targets, **options)
+        return logits, loss * math.nan if self.training else loss
+
+    monkeypatch.setattr(GPT, "forward", spoil)
+    assert call(*SMALL, "--steps", 5) == 1
+    err = capsys.readouterr().err
+    assert "not finite at step 1," in err and "no checkpoint was saved yet" in err
+    assert checkpoint.load(here / "runs/tiny", "failed").state["details"]["losses"] == ["nan"]
+
+
 def test_a_learning_rate_that_is_far_too_high_ends_in_words(here, capsys):
     assert call(*SMALL, "--lr", "1e30", "--grad-clip", 0, "--warmup-steps", 0, "--steps", 40) == 1
     assert "not finite" in capsys.readouterr().err
