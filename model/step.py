@@ -50,7 +50,7 @@ class Guard:
     def __init__(self, device: torch.device, *, spikes: Spikes = "off", z: float = 6.0, scaled: bool = False) -> None:
         self.spikes, self.z, self.scaled = spikes, z, scaled
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0: none
-        self.cause = torch.zeros((), dtype=torch.int64, device=device)
+        self.cause = torch.full((), NOT_FINITE, dtype=torch.int64, device=device)  # of that
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps left out so far
         self.scale = torch.full((), FIRST_SCALE if scaled else 1.0, device=device)
         self.clean = torch.zeros((), dtype=torch.int64, device=device)  # steps since the scale last changed
@@ -70,25 +70,30 @@ class Guard:
 
     def judge(self, step: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
         """step: () int64, loss, norm: () of all processes -> () float32, 1.0 where the weights have to stay."""
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        overflow = torch.isfinite(loss) & ~finite & (self.scale > 1.0)  # of scaled gradients: no fault of the run
-        bad, skip = ~finite & ~overflow, overflow
-        cause = torch.where(bad, NOT_FINITE, 0)
+        finite = torch.isfinite(loss + norm)
+        bad, skip = ~finite, None
+        if self.scaled:
+            overflow = torch.isfinite(loss) & ~finite & (self.scale > 1.0)  # of scaled gradients: no fault of the run
+            bad, skip = bad & ~overflow, overflow
+            self._rescale(overflow)
         if self.spikes != "off":
             spike = self._is_spike(finite, loss, norm)
-            skip = skip | spike
+            skip = spike if skip is None else skip | spike
             if self.spikes == "stop":
-                bad, cause = bad | spike, torch.where(spike, SPIKE, cause)
-        first = (self.bad_step == 0) & bad
-        self.cause.copy_(torch.where(first, cause, self.cause))
-        self.bad_step.copy_(torch.where(first, step, self.bad_step))
-        if self.scaled:
-            self.clean.copy_(torch.where(overflow, 0, self.clean + 1))
-            grow = self.clean == GROWTH_STEPS
-            self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0)))
-            self.clean.mul_(~grow)
+                bad = bad | spike
+                self.cause.copy_(torch.where((self.bad_step == 0) & spike, SPIKE, self.cause))
+        self.bad_step.copy_(torch.where((self.bad_step == 0) & bad, step, self.bad_step))
+        frozen = self.bad_step > 0
+        if skip is None:
+            return frozen.float()
         self.skipped.add_(skip)
-        return (skip | (self.bad_step > 0)).float()
+        return (skip | frozen).float()
+
+    def _rescale(self, overflow: Tensor) -> None:
+        self.clean.copy_(torch.where(overflow, 0, self.clean + 1))
+        grow = self.clean == GROWTH_STEPS
+        self.scale.mul_(torch.where(overflow, 0.5, torch.where(grow, 2.0, 1.0)))
+        self.clean.mul_(~grow)
 
     def _is_spike(self, finite: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
         values = torch.stack([loss, norm]).double()
