@@ -417,8 +417,7 @@ class Trainer:
             "problem": f"loss or gradient {what}",
             "lr": self.lr(step),
             "seed": self.cfg.seed,
-            "rows": [self.rows.start, self.rows.stop],
-            **found,
+            "processes": parallel.collect({"rows": [self.rows.start, self.rows.stop], **found}, self.world),
         }
         parts = self.parts()
         if self.world.rank == 0:

@@ -11,7 +11,7 @@ All start from the same weights, take the same batch of random tokens, drop noth
     triton         and our loss: all operators are ours
     triton+graph   the same, the optimizer included, as one CUDA graph
     trainer        the step of train.py: that, with weights kept in the activations' dtype, clipping inside the
-                   optimizer, guards, and random generators set anew; on a CPU eager and without a graph
+                   optimizer, and guards; on a CPU eager and without a graph
     hf             GPT2LMHeadModel of transformers, attention by SDPA
     hf+liger       the same with Liger's LayerNorm and fused linear cross-entropy
     nanogpt        the model.py of a nanoGPT checkout

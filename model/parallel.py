@@ -293,6 +293,15 @@ def agree(flags: list[bool], world: World) -> list[bool]:
     return either.bool().tolist()
 
 
+def collect(value: T, world: World) -> list[T]:
+    """What each process gives, by rank, in all of them; it is pickled on the way."""
+    if world.size == 1:
+        return [value]
+    found: list[T] = [value] * world.size
+    dist.all_gather_object(found, value, group=world.host)
+    return found
+
+
 def tell(value: T, world: World) -> T:
     """rank 0's value, to all. The others wait for it up to HOST_TIMEOUT: also for what rank 0 has to do alone."""
     if world.size == 1:

@@ -567,7 +567,7 @@ def test_or_resume_starts_goes_on_and_ends(here, capsys):
     command = [*SMALL, "--out", "run", "--or-resume"]
     assert call(*command, "--steps", 10) == 0
     assert call(*command, "--steps", 20) == 0
-    assert state(here / "run", 20)["val_loss"] == state(here / "run", 20)["val_loss"]
+    assert checkpoint.names(here / "run") == ["step-00000010", "step-00000020"]
     assert [row["step"] for row in rows(here / "run") if row["val_loss"]] == [10, 20]
     assert call(*command, "--steps", 20) == 0
     assert "run is finished" in capsys.readouterr().out
@@ -707,7 +707,8 @@ def test_a_spike_ends_the_run(here, capsys, monkeypatch):
     assert "stands out far from the steps before at step 137" in err and "--spikes skip leaves such a step out" in err
     assert "step-00000130 in runs/tiny is good" in err
     details = checkpoint.load(here / "runs/tiny", "failed").state["details"]
-    assert details["step"] == 137 and details["losses"][0] < 5 and details["gradients_not_finite"] == []
+    (found,) = details["processes"]
+    assert details["step"] == 137 and found["losses"][0] < 5 and found["gradients_not_finite"] == []
 
 
 def test_an_overflow_of_float16_is_left_out_and_the_metrics_stay_json(here, monkeypatch):
@@ -985,11 +986,11 @@ def test_what_is_not_finite_never_reaches_the_weights(here, capsys, monkeypatch,
     failed = checkpoint.load(here / "bad", "failed")
     assert failed.state["step"] == 12 and all(torch.equal(good[name], t) for name, t in failed.parts["model"].items())
     details = failed.state["details"]
-    assert (details["step"], details["rows"], details["lr"]) == (13, [0, 4], 1e-2)
+    assert (details["step"], details["lr"]) == (13, 1e-2)
+    (found,) = details["processes"]
+    assert found["rows"] == [0, 4]
     assert (
-        details["losses"] == ["nan"]
-        if spoilt == "loss"
-        else "transformer.ln_f.weight" in details["gradients_not_finite"]
+        found["losses"] == ["nan"] if spoilt == "loss" else "transformer.ln_f.weight" in found["gradients_not_finite"]
     )
     assert "bad/failed/step-00000012" in err
     assert all(torch.equal(good[name], p) for name, p in models[-1].named_parameters())
@@ -1008,7 +1009,7 @@ def test_what_the_first_step_met_is_kept(here, capsys, monkeypatch):
     assert call(*SMALL, "--steps", 5) == 1
     err = capsys.readouterr().err
     assert "not finite at step 1," in err and "no checkpoint was saved yet" in err
-    assert checkpoint.load(here / "runs/tiny", "failed").state["details"]["losses"] == ["nan"]
+    assert checkpoint.load(here / "runs/tiny", "failed").state["details"]["processes"][0]["losses"] == ["nan"]
 
 
 def test_a_learning_rate_that_is_far_too_high_ends_in_words(here, capsys):
