@@ -429,6 +429,18 @@ def test_a_killed_process_costs_nothing(runs):
         assert x.equal(y), name
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_bad_step_ends_the_run_on_both_and_both_say_what_they_met(runs, kind):
+    """A learning rate that spoils the first update: what each process met is kept, with the rows that it had."""
+    flags = ["--lr", 1e30, "--grad-clip", 0, "--warmup-steps", 0, "--parallel", kind, "--out", runs / f"bad-{kind}"]
+    done = launch(ROOT / "train.py", *OPTIONS, "--data", runs / "book.txt", *flags)
+    assert done.returncode == 1 and "not finite at step 2," in done.stderr
+    details = checkpoint.load(runs / f"bad-{kind}", "failed").state["details"]
+    first, second = details["processes"]
+    assert details["step"] == 2 and (first["rows"], second["rows"]) == ([0, 4], [4, 8])
+    assert "nan" in first["losses"] and "nan" in second["losses"]
+
+
 # One process
 
 
