@@ -18,7 +18,7 @@ from model.svg import NONE, num
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 SYMBOLS = {"win": "▲", "loss": "▼", "tie": "="}
-PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace")
+PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "working")
 # what each step of the ladder adds to; the last of these that has a time is what its gain is told against
 BUILDS_ON = {
     "eager": "plain", "compile": "eager", "+attention": "eager", "+layer_norm": "+attention", "+gelu": "+layer_norm",

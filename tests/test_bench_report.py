@@ -3,10 +3,12 @@
 import itertools
 import random
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from bench import charts, report, tables
 from bench.record import CONTROL, Report, Row
@@ -510,3 +512,16 @@ def test_a_row_is_a_line_on_a_terminal(reports):
     failed = report.line(Row("kernels", layer_norm(), "cce", "events", error="RuntimeError: no"))
     assert failed.endswith(" cce            RuntimeError: no") and failed.index("cce") == line.index("triton")
     assert all("\n" not in report.line(r) for each in reports for r in each.rows)
+
+
+def test_the_copies_of_weights_in_16_bits_are_shown_where_there_are_some():
+    """A part that a report in float32 does not have: no column there, and one here."""
+    metrics = {"parameters_mib": 475.0, "working_mib": 162.0, "predicted_mib": 637.0}
+    row = Row("memory", {"preset": "gpt2", "batch": 1, "context": 1024, "dtype": "bfloat16"}, "triton", metrics=metrics)
+    found = Report.start(torch.device("cpu"))
+    found.rows = [row]
+    (table,) = tables.memory_tables(found)
+    assert "working MiB" in table.head and "gradients MiB" not in table.head
+    assert 'class="part5"' in charts.memory([row], "memory")
+    found.rows = [replace(row, metrics={"parameters_mib": 475.0, "predicted_mib": 475.0})]
+    assert "working MiB" not in tables.memory_tables(found)[0].head
