@@ -25,15 +25,18 @@ import torch
 
 from kernels import layer_norm, use_backend
 from kernels._dispatch import device_problem
-from model import accounting, checkpoint, data, optim, parallel, profiling, runs
+from model import checkpoint, data
 from model.cli import UserError, pick_device, run
 from model.config import GPTConfig
 from model.evaluate import describe, evaluate
 from model.generate import generate
 from model.gpt import GPT, num_parameters
-from model.history import clock
-from model.log import Log
-from model.options import (
+from model.report.history import clock
+from model.tokenizer import Tokenizer
+from model.training import memory as step_memory
+from model.training import optim, parallel, profiling, run_folder
+from model.training.log import Log
+from model.training.options import (
     TrainConfig,
     check,
     check_machine,
@@ -46,9 +49,8 @@ from model.options import (
     stored_config,
     torch_dtype,
 )
-from model.parallel import World
-from model.step import SPIKE, Guard, Step
-from model.tokenizer import Tokenizer
+from model.training.parallel import World
+from model.training.step import SPIKE, Guard, Step
 
 SAMPLE = "sample.txt"  # in the folder of a run: what its best weights write
 PROMPT = "CHAPTER I. "
@@ -95,11 +97,11 @@ def start_run(cfg: TrainConfig, world: World) -> None:
     with contextlib.ExitStack() as stack:
         folder, tokens = cfg.out or Path(), None
         if world.rank == 0:
-            if is_restart(cfg) and cfg.out is not None and runs.is_stillborn(cfg.out):
-                with runs.lock(cfg.out):  # it was killed before its first checkpoint
+            if is_restart(cfg) and cfg.out is not None and run_folder.is_stillborn(cfg.out):
+                with run_folder.lock(cfg.out):  # it was killed before its first checkpoint
                     shutil.rmtree(cfg.out)
-            folder = stack.enter_context(runs.new_folder(cfg.out, Path(cfg.preset).stem))
-            stack.enter_context(runs.lock(folder))
+            folder = stack.enter_context(run_folder.new_folder(cfg.out, Path(cfg.preset).stem))
+            stack.enter_context(run_folder.lock(folder))
             tokens = data.open_source(cfg.data, folder / "data", cfg.tokenizer, skip_bad_shards=cfg.skip_bad_shards)
             tokens.tokenizer.save(folder / "tokenizer")
         folder = parallel.tell(folder, world)
@@ -115,7 +117,7 @@ def resume_run(cfg: TrainConfig, world: World, folder: Path) -> None:
     check_resumable(cfg, stored, folder)
     with contextlib.ExitStack() as stack:
         if world.rank == 0:
-            stack.enter_context(runs.lock(folder))
+            stack.enter_context(run_folder.lock(folder))
             checkpoint.tidy(folder)
         parallel.tell(None, world)  # no process reads what is being tidied
         saved = checkpoint.load(folder, cfg.which)
@@ -130,7 +132,7 @@ def resume_run(cfg: TrainConfig, world: World, folder: Path) -> None:
         checkpoint.check_model(saved, gpt_config(cfg, tokens.tokenizer.n_vocab))
         if world.rank == 0:
             (folder / SAMPLE).unlink(missing_ok=True)  # it is written when the run is finished
-            runs.trim(folder, done, to_be_measured=to_be_measured)
+            run_folder.trim(folder, done, to_be_measured=to_be_measured)
         train(cfg, world, folder, tokens, saved, sequences(stored), to_be_measured=to_be_measured)
 
 
@@ -218,7 +220,7 @@ class Trainer:
         )
         self.log: Log | None = None
         if world.rank == 0:
-            runs.store_config(folder, run_options(cfg), self.shape)
+            run_folder.store_config(folder, run_options(cfg), self.shape)
             self.log = Log(
                 folder,
                 steps=cfg.steps,
@@ -243,7 +245,7 @@ class Trainer:
                 stream = torch.cuda.Stream(world.device)
                 stream.wait_stream(torch.cuda.current_stream(world.device))
                 stack.enter_context(torch.cuda.stream(stream))
-            received = stack.enter_context(runs.signals())
+            received = stack.enter_context(run_folder.signals())
             stack.enter_context(profiling.memory_snapshot(self.folder, wanted=cfg.memory_snapshot))
             next_step = stack.enter_context(profiling.trace(self.folder, wanted=cfg.profile))
             loader = stack.enter_context(
@@ -287,7 +289,7 @@ class Trainer:
     def memory_line(self) -> str:
         cfg = self.cfg
         dtype, backend, memory, options = memory_arguments(cfg, self.world)
-        need = accounting.memory(
+        need = step_memory.memory(
             self.shape,
             self.micro_batch,
             cfg.context,
@@ -297,7 +299,7 @@ class Trainer:
             accumulate=len(self.rows) > self.micro_batch or self.world.size > 1,
             **options,
         )
-        return accounting.describe(need, memory)
+        return step_memory.describe(need, memory)
 
     def lr(self, step: int) -> float:
         """Learning rate of step 1, 2, ..."""
@@ -438,7 +440,7 @@ class Trainer:
         best = checkpoint.load(self.folder, "best").state
         model, tokenizer = checkpoint.load_model(self.folder, self.world.device, which="best", dtype=self.model.dtype)
         prompt, sample = write(model, tokenizer, tokens=SAMPLE_TOKENS, seed=self.cfg.seed)
-        runs.replace_text(self.folder / SAMPLE, sample + "\n")
+        run_folder.replace_text(self.folder / SAMPLE, sample + "\n")
         assert self.log is not None
         print(f"\n{sample}\n")
         took = clock(self.log.elapsed_s())
@@ -487,27 +489,27 @@ def fit_batch(cfg: TrainConfig, shape: GPTConfig, world: World, n: int) -> Train
     if cfg.batch_size != "auto":
         return cfg
     dtype, backend, memory, options = memory_arguments(cfg, world)
-    fits = accounting.fit(shape, n // world.size, cfg.context, dtype, backend, memory, **options)
+    fits = step_memory.fit(shape, n // world.size, cfg.context, dtype, backend, memory, **options)
     if not fits:
         raise UserError(out_of_memory(cfg, shape, world, 1, n))
     return replace(cfg, batch_size=fits, grad_accum=n // fits)
 
 
-def memory_arguments(cfg: TrainConfig, world: World) -> tuple[torch.dtype, accounting.Backend, int, dict[str, Any]]:
-    """dtype, backend, bytes of this process's device, and the options of accounting.memory's relatives."""
+def memory_arguments(cfg: TrainConfig, world: World) -> tuple[torch.dtype, step_memory.Backend, int, dict[str, Any]]:
+    """dtype, backend, bytes of this process's device, and the options of step_memory.memory's relatives."""
     on_cpu = world.device.type == "cpu"
     works = cfg.backend != "eager" and device_problem(world.device.type, world.device.index) is None
-    backend: accounting.Backend = "triton" if works and (not on_cpu or cfg.backend == "triton") else "eager"
+    backend: step_memory.Backend = "triton" if works and (not on_cpu or cfg.backend == "triton") else "eager"
     shared = world.size if on_cpu else 1
     options = {"on_cpu": on_cpu, "optimizer": cfg.optimizer, "ema": cfg.ema > 0, "recompute": cfg.recompute}
     options["graph"] = uses_graph(cfg, world)
-    return torch_dtype(cfg), backend, accounting.device_bytes(world.device) // shared, options
+    return torch_dtype(cfg), backend, step_memory.device_bytes(world.device) // shared, options
 
 
 def out_of_memory(cfg: TrainConfig, shape: GPTConfig, world: World, batch: int, n: int) -> str:
     """What to do where micro-steps of `batch` do not fit, n sequences a step."""
     dtype, backend, memory, options = memory_arguments(cfg, world)
-    advice = accounting.advice(shape, batch, n, cfg.context, dtype, backend, memory, **options)
+    advice = step_memory.advice(shape, batch, n, cfg.context, dtype, backend, memory, **options)
     return f"this model and batch do not fit into memory\n{advice}"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from bench import tables
 from bench.record import Report, Row
 from bench.tables import TIMES, Group, between, times
-from model.svg import MARGIN, SHAPES, WIDTH, Canvas, Scale, cut, num, text_width
+from model.report.charts import MARGIN, SHAPES, WIDTH, Canvas, Scale, cut, num, text_width
 
 MODES = ("forward", "backward", "both")
 CARDS_GB = (6, 8, 12, 16, 24, 40, 80)

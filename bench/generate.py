@@ -31,11 +31,11 @@ from bench.timing import Call, Maker, Measured, clocks, measure, why
 from kernels import use_backend
 from kernels._dispatch import Backend
 from kernels._proof import OUTPUT_FACTOR, budget
-from model.cache import KVCache
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
 from model.generate import prepare_for_decoding
 from model.gpt import GPT
+from model.kv_cache import KVCache
 
 PROVIDERS = ("eager", "triton", "triton+graph", "hf", "hf_static")
 Write = Callable[[int], Tensor]  # how many tokens -> their ids, (B, that many) int64

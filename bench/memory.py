@@ -19,12 +19,13 @@ from bench.timing import why
 from kernels import use_backend
 from kernels._dispatch import device_problem
 from kernels._triton import INTERPRET
-from model import accounting, optim
-from model.accounting import Backend
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT
-from model.parallel import World
-from model.step import Guard, Step
+from model.training import memory as step_memory
+from model.training import optim
+from model.training.memory import Backend
+from model.training.parallel import World
+from model.training.step import Guard, Step
 
 Call = Callable[[], Tensor]
 MIB, GIB = 2**20, 2**30
@@ -131,7 +132,7 @@ def run(
 ) -> Iterator[list[Row]]:
     """Rows of kind "memory", a list for each batch: a training step without dropout, eager and triton.
 
-    metrics, in MiB: the parts of accounting.Memory, predicted_mib, and peak_mib of a step that was run: where the
+    metrics, in MiB: the parts of step_memory.Memory, predicted_mib, and peak_mib of a step that was run: where the
     backend can run and the prediction fits the free memory (and 8 GiB of a CPU's). missing: is told why triton has no
     peak; its prediction is then for a GPU of 64 GiB or more.
     """
@@ -149,7 +150,7 @@ def run(
         for backend in BACKENDS:
             runs = backend == "eager" or not reason
             card: dict[str, Any] = {"card": here} if runs else {}
-            needs = accounting.memory(config, batch, context, dtype, backend, **card)
+            needs = step_memory.memory(config, batch, context, dtype, backend, **card)
             metrics = {**parts(needs), "predicted_mib": needs.peak / MIB}
             error = ""
             if runs and needs.peak < _free(device):
@@ -162,7 +163,7 @@ def run(
         yield rows
 
 
-def parts(needs: accounting.Memory) -> dict[str, float]:
+def parts(needs: step_memory.Memory) -> dict[str, float]:
     """The parts of a prediction as metrics, in MiB; without those that such a step does not have."""
     return {f"{name}_mib": size / MIB for name, size in vars(needs).items() if size}
 
@@ -173,7 +174,7 @@ def fits(
     """(GiB of a card, the largest batch of each backend that is predicted to fit it), dropout left out."""
     config = _without_dropout(preset)
     return [
-        (gib, {backend: accounting.largest_batch(config, context, dtype, backend, gib * GIB) for backend in BACKENDS})
+        (gib, {backend: step_memory.largest_batch(config, context, dtype, backend, gib * GIB) for backend in BACKENDS})
         for gib in cards_gib
     ]
 

@@ -11,10 +11,10 @@ from bench.kernels import case_text, cases
 from bench.memory import training_step
 from kernels import _proof
 from kernels._registry import all_specs
-from model import optim
 from model.config import PRESETS
 from model.generate import generate, prepare_for_decoding
 from model.gpt import GPT
+from model.training import optim
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WHAT = [

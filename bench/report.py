@@ -18,7 +18,7 @@ from bench import charts, tables
 from bench.record import CONTROL, Report, Row
 from bench.tables import Cell, Table, percent, times
 from model.cli import UserError
-from model.svg import NONE, num, page
+from model.report.charts import NONE, num, page
 
 NO_GPU = "No report of a GPU has been committed yet."
 _CLOCKS = {"events": "one call, by CUDA events", "graph": "device alone, by CUDA graph", "wall": "wall time"}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bench.record import CONTROL, Report, Row
 from bench.train_step import LADDER
-from model.svg import NONE, num
+from model.report.charts import NONE, num
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 SYMBOLS = {"win": "▲", "loss": "▼", "tie": "="}

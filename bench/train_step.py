@@ -44,19 +44,20 @@ from bench.memory import peak, training_step
 from bench.record import CONTROL, Row, dtype_name
 from bench.timing import Call, Maker, Measured, clocks, measure
 from kernels import use_backend
-from model import accounting
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT
-from model.optim import adamw, build
-from model.parallel import World
-from model.step import Guard, Step
+from model.training import flops
+from model.training import memory as step_memory
+from model.training.optim import adamw, build
+from model.training.parallel import World
+from model.training.step import Guard, Step
 
 LADDER = ("plain", "eager", "compile", "+attention", "+layer_norm", "+gelu", "triton", "triton+graph", "trainer")
 PROVIDERS = (*LADDER, "hf", "hf+liger", "nanogpt")
 _OURS = {"+attention": 1, "+layer_norm": 3, "+gelu": 4}  # how many of the operators below run on Triton
 _OPERATORS = ("causal_attention", "layer_norm", "add_layer_norm", "bias_gelu")
-_PREDICTED: dict[str, accounting.Backend] = {"eager": "eager", "triton": "triton", "triton+graph": "triton"}
+_PREDICTED: dict[str, step_memory.Backend] = {"eager": "eager", "triton": "triton", "triton+graph": "triton"}
 # Relative, for the first loss and for its fall. Rounding alone differs by 2e-5 and 2e-3 in 16 bits.
 _TOLERANCE = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-3, 2e-2), torch.float16: (1e-3, 2e-2)}
 _MIB = 2**20
@@ -79,9 +80,9 @@ class _Task:
         idx = torch.randint(self.config.vocab_size, (self.batch, self.context), generator=generator).to(self.device)
         return idx, idx.roll(-1, 1)
 
-    def memory(self, backend: accounting.Backend, **options: Any) -> accounting.Memory:
+    def memory(self, backend: step_memory.Backend, **options: Any) -> step_memory.Memory:
         card = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
-        return accounting.memory(self.config, self.batch, self.context, self.dtype, backend, card=card, **options)
+        return step_memory.memory(self.config, self.batch, self.context, self.dtype, backend, card=card, **options)
 
 
 @dataclass
@@ -149,12 +150,12 @@ def _group(task: _Task, names: Sequence[str], model: dict[str, Any], seconds: fl
     proof = _Proof()
     makers = {name: functools.partial(_prepare, name, task, proof) for name in names}
     measured, together = _measure(makers, task, seconds)
-    flops = accounting.peak_flops(task.device, task.dtype)
+    peak_flops = flops.peak_flops(task.device, task.dtype)
 
     def metrics(provider: str, median: float) -> dict[str, float]:
         found = {"tokens_per_s": task.batch * task.context / median, "interleaved": float(together)}
-        if flops:
-            found["mfu"] = accounting.mfu(found["tokens_per_s"], task.config, task.context, flops)
+        if peak_flops:
+            found["mfu"] = flops.mfu(found["tokens_per_s"], task.config, task.context, peak_flops)
         return found | proof.metrics[provider]
 
     params = {**model, "batch": task.batch, "context": task.context, "dtype": dtype_name(task.dtype)}

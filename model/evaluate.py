@@ -22,12 +22,13 @@ import numpy as np
 import torch
 import tyro
 
-from model import data, parallel
+from model import data
 from model.checkpoint import load_model
 from model.cli import UserError, pick_device, run
+from model.data.shards import Tokens
 from model.gpt import GPT, IGNORE
-from model.parallel import World
-from model.shards import Tokens
+from model.training import parallel
+from model.training.parallel import World
 
 
 @torch.no_grad()

@@ -18,10 +18,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from model.cache import KVCache
 from model.checkpoint import load_model
 from model.cli import UserError, pick_device, run
 from model.gpt import GPT
+from model.kv_cache import KVCache
 from model.tokenizer import Tokenizer
 
 

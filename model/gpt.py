@@ -38,8 +38,8 @@ from kernels import (
     linear_gelu,
     lm_logits,
 )
-from model.cache import KVCache
 from model.config import ACTIVATIONS, GPTConfig
+from model.kv_cache import KVCache
 
 IGNORE = -100  # a target that does not count in the loss
 

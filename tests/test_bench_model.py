@@ -11,10 +11,10 @@ from bench import generate, peer_models, train_step
 from bench.record import CONTROL, Row
 from bench.timing import Measured
 from kernels._triton import HAS_TRITON
-from model import accounting
-from model.cache import KVCache
 from model.cli import UserError
 from model.config import GPTConfig
+from model.kv_cache import KVCache
+from model.training import memory
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 61, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
@@ -60,7 +60,7 @@ def test_a_training_step_is_timed_and_its_memory_measured():
     assert sizes["gradients"] == sizes["parameters"] == pytest.approx(sizes["optimizer"] / 2, rel=0.01)
     assert sizes["peak"] == sum(sizes[part] for part in ("parameters", "optimizer", "activations", "workspace"))
     assert sizes["peak"] == pytest.approx(sizes["predicted"], rel=0.1)
-    predicted = accounting.memory(GPTConfig(**SMALL), 2, 16, torch.float32, "eager", card=0)
+    predicted = memory.memory(GPTConfig(**SMALL), 2, 16, torch.float32, "eager", card=0)
     assert sizes["activations"] == pytest.approx(predicted.activations / 2**20, rel=0.02)
     json.dumps(eager.metrics)
 

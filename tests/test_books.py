@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import books
-from model.books import clean, documents, read, survey
 from model.cli import UserError, run
+from model.data import books
+from model.data.books import clean, documents, read, survey
 
 START = "*** START OF THE PROJECT GUTENBERG EBOOK A BOOK ***\n"
 END = "*** END OF THE PROJECT GUTENBERG EBOOK A BOOK ***\n"

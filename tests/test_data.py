@@ -18,19 +18,17 @@ import numpy as np
 import pytest
 import torch
 
-from model import books, shards
-from model import data as data_module
 from model import tokenizer as tk
 from model.cli import UserError
-from model.data import Loader, get_batch, load, prepare, verify, windows
-from model.shards import Shard, Tokens, Writer
+from model.data import Loader, books, corpus, get_batch, load, prepare, shards, verify, windows
+from model.data.shards import Shard, Tokens, Writer
 from model.tokenizer import CharTokenizer, GPT2Tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXT = "It was a dark night; the wind\nblew, and nobody's lamp burned.\n\n  Naïve 🙂 1815!\n" * 40
 
 
-def corpus(folder: Path, **texts: str) -> Path:
+def write_corpus(folder: Path, **texts: str) -> Path:
     folder.mkdir(exist_ok=True)
     for name, text in texts.items():
         (folder / f"{name}.txt").write_bytes(text.encode())
@@ -55,7 +53,7 @@ def small_pieces(monkeypatch):
     """Many pieces from a small text: the seams between them are where ids could go wrong."""
     monkeypatch.setattr(tk, "PIECE", 64)
     monkeypatch.setattr(tk, "LONGEST_PIECE", 256)
-    monkeypatch.setattr(data_module, "PIECE", 50)
+    monkeypatch.setattr(corpus, "PIECE", 50)
 
 
 # What prepare writes
@@ -64,14 +62,14 @@ def small_pieces(monkeypatch):
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 1003, 1115])
 def test_char_split_is_the_first_90_percent_of_the_characters(tmp_path, n, small_pieces):
     text = TEXT[:n]
-    data = prepare(corpus(tmp_path / "c", a=text) / "a.txt", tmp_path / "tokens", "char")
+    data = prepare(write_corpus(tmp_path / "c", a=text) / "a.txt", tmp_path / "tokens", "char")
     assert (len(data.train), len(data.val)) == (int(0.9 * n), n - int(0.9 * n))
     assert data.tokenizer.chars == "".join(sorted(set(text)))
     assert data.tokenizer.decode(data.train[:]) + data.tokenizer.decode(data.val[:]) == text
 
 
 def test_gpt2_ids_are_those_of_the_whole_text(tmp_path, small_pieces):
-    data = prepare(corpus(tmp_path / "c", a=TEXT) / "a.txt", tmp_path / "tokens", "gpt2")
+    data = prepare(write_corpus(tmp_path / "c", a=TEXT) / "a.txt", tmp_path / "tokens", "gpt2")
     encode = tk.gpt2_encoding().encode_ordinary
     n = int(0.9 * len(TEXT))
     assert data.train[:].tolist() == encode(TEXT[:n])
@@ -80,7 +78,9 @@ def test_gpt2_ids_are_those_of_the_whole_text(tmp_path, small_pieces):
 
 @pytest.mark.parametrize("name", ["char", "gpt2"])
 def test_end_of_text_stands_between_documents_only(tmp_path, name, small_pieces):
-    source = corpus(tmp_path / "c", b="Second document.\n" * 10, a="First <|endoftext|>\n" * 10, c="Third.\n" * 10)
+    source = write_corpus(
+        tmp_path / "c", b="Second document.\n" * 10, a="First <|endoftext|>\n" * 10, c="Third.\n" * 10
+    )
     data = prepare(source, tmp_path / "tokens", name)
     eot = data.tokenizer.eot_id
     texts = [(source / f"{x}.txt").read_text() for x in "abc"]
@@ -93,18 +93,18 @@ def test_end_of_text_stands_between_documents_only(tmp_path, name, small_pieces)
 
 def test_a_document_too_short_for_a_split_leaves_no_gap_in_it(tmp_path):
     # one character: nothing of it is train, so no end of text stands there for it
-    data = prepare(corpus(tmp_path / "c", a="aaaaaaaaaa", b="b", c="cccccccccc"), tmp_path / "tokens", "char")
+    data = prepare(write_corpus(tmp_path / "c", a="aaaaaaaaaa", b="b", c="cccccccccc"), tmp_path / "tokens", "char")
     eot = data.tokenizer.eot_id
     assert data.train[:].tolist() == [0] * 9 + [eot] + [2] * 9
     assert data.val[:].tolist() == [0, eot, 1, eot, 2]
     # the same for the first document
-    data = prepare(corpus(tmp_path / "d", a="a", b="bbbbbbbbbb", c="cccccccccc"), tmp_path / "tokens", "char")
+    data = prepare(write_corpus(tmp_path / "d", a="a", b="bbbbbbbbbb", c="cccccccccc"), tmp_path / "tokens", "char")
     assert data.train[:].tolist() == [1] * 9 + [eot] + [2] * 9
 
 
 @pytest.mark.parametrize(("val_fraction", "n_train"), [(0, 1000), (0.25, 750), (1, 0)])
 def test_val_fraction(tmp_path, val_fraction, n_train):
-    source = corpus(tmp_path / "c", a=TEXT[:1000])
+    source = write_corpus(tmp_path / "c", a=TEXT[:1000])
     data = prepare(source, tmp_path / "tokens", "char", val_fraction=val_fraction)
     assert (len(data.train), len(data.val)) == (n_train, 1000 - n_train)
     assert data.meta["val_fraction"] == val_fraction
@@ -114,7 +114,7 @@ def test_val_fraction(tmp_path, val_fraction, n_train):
 @pytest.mark.parametrize("val_fraction", [-0.1, 1.1, float("nan")])
 def test_val_fraction_out_of_range(tmp_path, val_fraction):
     with pytest.raises(UserError, match="val_fraction"):
-        prepare(corpus(tmp_path / "c", a="text"), tmp_path / "tokens", "char", val_fraction=val_fraction)
+        prepare(write_corpus(tmp_path / "c", a="text"), tmp_path / "tokens", "char", val_fraction=val_fraction)
 
 
 def test_gutenberg_files_are_cleaned(tmp_path):
@@ -122,13 +122,13 @@ def test_gutenberg_files_are_cleaned(tmp_path):
         "\ufeffHeader\r\n*** START OF THE PROJECT GUTENBERG EBOOK A ***\r\n\r\nThe text\r\nof it.\r\n\r\n"
         "*** END OF THE PROJECT GUTENBERG EBOOK A ***\r\nFooter\r\n"
     )
-    data = prepare(corpus(tmp_path / "c", a=book), tmp_path / "tokens", "char", val_fraction=0)
+    data = prepare(write_corpus(tmp_path / "c", a=book), tmp_path / "tokens", "char", val_fraction=0)
     assert data.tokenizer.decode(data.train[:]) == "The text\nof it.\n"
 
 
 def test_meta_and_files(tmp_path):
-    source = corpus(tmp_path / "c", b="é" * 10, a="\ufeffab\r\n" * 5)
-    corpus(source / "sub", c="xyz" * 10)
+    source = write_corpus(tmp_path / "c", b="é" * 10, a="\ufeffab\r\n" * 5)
+    write_corpus(source / "sub", c="xyz" * 10)
     folder = tmp_path / "tokens"
     data = prepare(source, folder, "char", shard_tokens=40)
     names = {"train": ["train_000000.bin", "train_000001.bin"], "val": ["val_000000.bin"]}
@@ -158,7 +158,7 @@ def test_meta_and_files(tmp_path):
 @pytest.mark.parametrize("name", ["char", "gpt2"])
 @pytest.mark.parametrize("shard_tokens", [1, 7, 1000])
 def test_shards_do_not_change_the_tokens(tmp_path, name, shard_tokens, small_pieces):
-    source = corpus(tmp_path / "c", a=TEXT[:300], b=TEXT[300:500])
+    source = write_corpus(tmp_path / "c", a=TEXT[:300], b=TEXT[300:500])
     whole = prepare(source, tmp_path / "whole", name)
     cut = prepare(source, tmp_path / "cut", name, shard_tokens=shard_tokens)
     for split in ("train", "val"):
@@ -168,7 +168,7 @@ def test_shards_do_not_change_the_tokens(tmp_path, name, shard_tokens, small_pie
 
 def test_large_vocabulary_takes_uint32(tmp_path):
     alphabet = "".join(map(chr, range(0x10000, 0x10000 + 0x10000)))  # 65,536 characters and the end of text
-    data = prepare(corpus(tmp_path / "c", a=alphabet), tmp_path / "tokens", "char", val_fraction=0)
+    data = prepare(write_corpus(tmp_path / "c", a=alphabet), tmp_path / "tokens", "char", val_fraction=0)
     assert data.train.dtype == np.uint32
     assert data.train[:].tolist() == list(range(0x10000))
     idx, targets = get_batch(data.train, context=4, seed=0, step=0, rows=range(64))
@@ -176,25 +176,25 @@ def test_large_vocabulary_takes_uint32(tmp_path):
     assert targets.max() > 40_000
 
     alphabet = alphabet[:-1]
-    assert prepare(corpus(tmp_path / "c", a=alphabet), tmp_path / "tokens", "char").train.dtype == np.uint16
+    assert prepare(write_corpus(tmp_path / "c", a=alphabet), tmp_path / "tokens", "char").train.dtype == np.uint16
 
 
 def test_a_ready_tokenizer_is_used_as_it_is(tmp_path):
     tokenizer = CharTokenizer("abcdefgh")
-    data = prepare(corpus(tmp_path / "c", a="hgfedcbaaa"), tmp_path / "tokens", tokenizer)
+    data = prepare(write_corpus(tmp_path / "c", a="hgfedcbaaa"), tmp_path / "tokens", tokenizer)
     assert data.train[:].tolist() == [7, 6, 5, 4, 3, 2, 1, 0, 0]
     assert data.tokenizer.chars == "abcdefgh"
     with pytest.raises(UserError, match="'x'"):
-        prepare(corpus(tmp_path / "c", a="abcx"), tmp_path / "other", tokenizer)
+        prepare(write_corpus(tmp_path / "c", a="abcx"), tmp_path / "other", tokenizer)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(books, "_READ_BYTES", 1 << 16)
     monkeypatch.setattr(tk, "PIECE", 1 << 14)
-    monkeypatch.setattr(data_module, "PIECE", 1 << 14)
+    monkeypatch.setattr(corpus, "PIECE", 1 << 14)
     monkeypatch.setattr(shards, "_BLOCK_BYTES", 1 << 16)
     text = "".join(f"line {i} of a long text\n" for i in range(4000))
-    path = corpus(tmp_path / "c", a=text) / "a.txt"
+    path = write_corpus(tmp_path / "c", a=text) / "a.txt"
     prepare(path, tmp_path / "tokens", "char")  # imports and caches
     peaks = []
     for copies in (10, 40):  # 0.9 and 3.7 MB
@@ -226,7 +226,7 @@ class Failing(CharTokenizer):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), UserError("no")])
 def test_a_failed_prepare_leaves_nothing_and_keeps_what_was_there(tmp_path, small_pieces, error):
-    source = corpus(tmp_path / "c", a=TEXT)
+    source = write_corpus(tmp_path / "c", a=TEXT)
     prepare(source, tmp_path / "tokens", "char", val_fraction=0.5)
     before = (tmp_path / "tokens" / "train_000000.bin").read_bytes()
     for folder in ("tokens", "new"):
@@ -238,7 +238,7 @@ def test_a_failed_prepare_leaves_nothing_and_keeps_what_was_there(tmp_path, smal
 
 
 def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path):
-    source = corpus(tmp_path / "c", a=TEXT)
+    source = write_corpus(tmp_path / "c", a=TEXT)
     script = """
 import os, signal, sys
 from pathlib import Path
@@ -262,10 +262,10 @@ data.prepare(Path(sys.argv[1]), Path(sys.argv[2]), Killing(Path(sys.argv[1], "a.
 
 
 def test_prepare_again_replaces_the_folder(tmp_path):
-    prepare(corpus(tmp_path / "c", a=TEXT), tmp_path / "tokens", "char")
+    prepare(write_corpus(tmp_path / "c", a=TEXT), tmp_path / "tokens", "char")
     old = load(tmp_path / "tokens")
     old_ids = old.train[:]
-    data = prepare(corpus(tmp_path / "c", a="abab" * 10), tmp_path / "tokens", "gpt2")
+    data = prepare(write_corpus(tmp_path / "c", a="abab" * 10), tmp_path / "tokens", "gpt2")
     assert (data.tokenizer.name, load(tmp_path / "tokens").tokenizer.name) == ("gpt2", "gpt2")
     assert old.train[:].tolist() == old_ids.tolist()  # an open one stays what it was
     with pytest.raises(UserError, match=r"val_000000\.bin was changed while it was in use"):
@@ -282,7 +282,7 @@ def test_prepare_again_replaces_a_folder_of_another_form(tmp_path):
     (folder / "meta.json").write_text('{"format": 1, "dtype": "uint16"}')
     with pytest.raises(UserError, match="format 1, this version reads 2: prepare the text again"):
         load(folder)
-    prepare(corpus(tmp_path / "c", a=TEXT), folder, "char")
+    prepare(write_corpus(tmp_path / "c", a=TEXT), folder, "char")
     assert sorted(p.name for p in folder.iterdir()) == [
         "meta.json",
         "tokenizer.json",
@@ -292,7 +292,7 @@ def test_prepare_again_replaces_a_folder_of_another_form(tmp_path):
 
 
 def test_prepare_into_an_empty_or_a_deep_folder(tmp_path):
-    source = corpus(tmp_path / "c", a=TEXT)
+    source = write_corpus(tmp_path / "c", a=TEXT)
     (tmp_path / "empty").mkdir()
     prepare(source, tmp_path / "empty", "char")
     prepare(source, tmp_path / "run" / "a" / "data", "char")
@@ -301,7 +301,7 @@ def test_prepare_into_an_empty_or_a_deep_folder(tmp_path):
 
 
 def test_prepare_does_not_replace_what_is_not_a_token_folder(tmp_path):
-    source = corpus(tmp_path / "c", a=TEXT)
+    source = write_corpus(tmp_path / "c", a=TEXT)
     (tmp_path / "file").write_text("mine")
     for folder in (source, tmp_path / "file"):
         with pytest.raises(UserError, match="not a token folder"):
@@ -314,7 +314,7 @@ def test_prepare_does_not_replace_what_is_not_a_token_folder(tmp_path):
 
 
 def test_prepare_refuses_bad_text_by_name(tmp_path):
-    source = corpus(tmp_path / "c", good="text")
+    source = write_corpus(tmp_path / "c", good="text")
     for content, message in [
         (b"", r"bad\.txt has no text"),
         (b"\xef\xbb\xbf", r"bad\.txt has no text"),
@@ -335,15 +335,15 @@ def test_prepare_refuses_bad_text_by_name(tmp_path):
 def test_prepare_refuses_bad_arguments(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         prepare(tmp_path / "missing", tmp_path / "tokens", "char")
-    source = corpus(tmp_path / "c")
+    source = write_corpus(tmp_path / "c")
     with pytest.raises(UserError, match=r"no \.txt file"):
         prepare(source, tmp_path / "tokens", "char")
     with pytest.raises(UserError, match="unknown tokenizer 'words'"):
-        prepare(corpus(source, a="text"), tmp_path / "tokens", "words")
+        prepare(write_corpus(source, a="text"), tmp_path / "tokens", "words")
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
-    source = corpus(tmp_path / "c", a="some text")
+    source = write_corpus(tmp_path / "c", a="some text")
 
     class Appending(CharTokenizer):
         @classmethod
@@ -360,7 +360,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    prepare(corpus(tmp_path / "c", a=TEXT), tmp_path / "tokens", "char")
+    prepare(write_corpus(tmp_path / "c", a=TEXT), tmp_path / "tokens", "char")
     return tmp_path / "tokens"
 
 
@@ -696,9 +696,9 @@ def test_windows_refuses_at_once(n):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_is_silent_for_short_work_and_tells_the_time_left(monkeypatch, capsys, terminal):
     clock = [0.0]
-    monkeypatch.setattr(data_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(corpus.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    progress = data_module._Progress("encoding", 200_000_000)
+    progress = corpus._Progress("encoding", 200_000_000)
     for clock[0] in (0.5, 1.0, 1.9):
         progress.advance(1_000_000)
     assert capsys.readouterr().err == ""
@@ -713,7 +713,7 @@ def test_progress_is_silent_for_short_work_and_tells_the_time_left(monkeypatch, 
 
 
 def test_gpt2_needs_no_first_look_at_the_text_but_it_is_counted(tmp_path):
-    data = prepare(corpus(tmp_path / "c", a=TEXT, b="x"), tmp_path / "tokens", GPT2Tokenizer())
+    data = prepare(write_corpus(tmp_path / "c", a=TEXT, b="x"), tmp_path / "tokens", GPT2Tokenizer())
     assert [source["characters"] for source in data.meta["sources"]] == [len(TEXT), 1]
 
 

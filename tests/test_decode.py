@@ -12,9 +12,9 @@ from kernels._launch import record_launches
 from kernels._proof import compare
 from kernels._triton import HAS_TRITON
 from model import gpt
-from model.cache import KVCache
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.kv_cache import KVCache
 
 module = importlib.import_module("kernels.decode_attention")  # the package gives the name to the function
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")

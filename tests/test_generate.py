@@ -17,11 +17,11 @@ from kernels import use_backend
 from kernels._triton import HAS_TRITON
 from model import checkpoint
 from model import generate as generate_module
-from model.cache import KVCache
 from model.cli import UserError, run
 from model.config import GPTConfig
 from model.generate import GenerateConfig, generate, main, next_logits, prepare_for_decoding, sample, stream_text
 from model.gpt import GPT
+from model.kv_cache import KVCache
 from model.tokenizer import CharTokenizer, GPT2Tokenizer
 
 CONTEXT = 12

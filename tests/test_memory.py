@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench import memory
-from model import accounting
 from model.config import GPTConfig
+from model.training import memory as step_memory
 
 MIB = 2**20
 NANO = GPTConfig(vocab_size=300, n_positions=16, n_embd=32, n_layer=2, n_head=4)
@@ -88,7 +88,7 @@ def test_a_step_is_run_with_its_options(options, part):
     config = replace(NANO, n_layer=6)
     task = config, 8, 16, torch.float32, "eager"
     saved = memory.step_peak(*task, torch.device("cpu")) - memory.step_peak(*task, torch.device("cpu"), **options)
-    plain, other = accounting.memory(*task, card=0), accounting.memory(*task, card=0, **options)
+    plain, other = step_memory.memory(*task, card=0), step_memory.memory(*task, card=0, **options)
     assert getattr(plain, part) != getattr(other, part)
     assert saved == pytest.approx(plain.peak - other.peak, rel=0.03)
 
@@ -107,13 +107,13 @@ def test_rows_hold_the_prediction_and_the_peak_of_a_step(nano):
         assert eager.kind == "memory" and not eager.seconds and not eager.error
         assert eager.params == {"preset": nano, "batch": batch, "context": 16, "dtype": "float32"}
         assert eager.group == triton.group == f"nano batch={batch} context=16 float32"
-        needs = accounting.memory(NANO, batch, 16, torch.float32, "eager", card=0)  # and no dropout
+        needs = step_memory.memory(NANO, batch, 16, torch.float32, "eager", card=0)  # and no dropout
         assert eager.metrics["predicted_mib"] * MIB == needs.peak
         assert eager.metrics["workspace_mib"] * MIB == needs.workspace
         assert not {"working_mib", "ema_mib"} & eager.metrics.keys()  # float32, no average
         counts = 200 / MIB  # AdamW also counts its steps, 4 bytes a tensor
         assert eager.metrics["peak_mib"] == pytest.approx(eager.metrics["predicted_mib"], abs=counts)
-        assert triton.metrics["predicted_mib"] * MIB == accounting.memory(NANO, batch, 16, torch.float32).peak
+        assert triton.metrics["predicted_mib"] * MIB == step_memory.memory(NANO, batch, 16, torch.float32).peak
         assert "peak_mib" not in triton.metrics
     assert missing["triton"].startswith("predicted, not run: ")
 
@@ -139,6 +139,6 @@ def test_fits_is_the_largest_batch_of_each_backend_by_card(nano):
     assert [gib for gib, _ in found] == [1, 2, 4]
     for gib, batches in found:
         for backend, batch in batches.items():
-            assert batch == accounting.largest_batch(NANO, 16, torch.bfloat16, backend, gib * 2**30)
+            assert batch == step_memory.largest_batch(NANO, 16, torch.bfloat16, backend, gib * 2**30)
     assert found[0][1] == {"eager": 0, "triton": 0}  # all of it is reserve
     assert 0 < found[1][1]["eager"] < found[1][1]["triton"] < found[2][1]["triton"]

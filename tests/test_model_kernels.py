@@ -76,7 +76,7 @@ def test_the_kernels_drop_in_training_mode_only(device):
 
 def test_32_training_steps_agree(device):
     """AdamW from the same start on both paths: the losses stay together."""
-    from model.optim import adamw
+    from model.training.optim import adamw
 
     curves = []
     for backend in ("eager", "triton"):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.cli import UserError
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.optim import (
+from model.training.optim import (
     EMA,
     Muon,
     adamw,

@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from model import checkpoint, parallel
+from model import checkpoint
 from model.cli import UserError
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.parallel import World
+from model.training import parallel
+from model.training.parallel import World
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -201,7 +202,7 @@ def call_train(*arguments: object) -> None:
 
 def train_and_die(arguments: list[str]) -> None:
     """The same, but in its first life the second process is killed in step 13, as by a lack of memory."""
-    from model.step import Step
+    from model.training.step import Step
 
     step = Step.__call__
 

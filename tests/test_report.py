@@ -14,9 +14,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from model import compare, history, options, report, svg
 from model.cli import UserError, run
-from model.svg import Curve, Mark
+from model.report import __main__ as command
+from model.report import charts, compare, history
+from model.report import page as report
+from model.report.charts import Curve, Mark
+from model.training import options
 
 MODEL = {"vocab_size": 65, "n_positions": 64, "n_layer": 2, "n_head": 2, "n_embd": 8}
 NOW = 1_700_000_000.0
@@ -84,7 +87,7 @@ def page_of(folder, now=NOW) -> Page:
     return Page(report.html(history.read(folder), now))
 
 
-def charts(page: str) -> dict[str, ElementTree.Element]:
+def charts_of(page: str) -> dict[str, ElementTree.Element]:
     """The charts of a page by title; of a wide one the narrow drawing, which comes after it."""
     drawn = [
         ElementTree.fromstring(found) for found in re.findall(r'<svg role="img" class="chart.*?</svg>', page, re.S)
@@ -102,7 +105,7 @@ def points(curve):
 
 def call(*argv) -> int:
     try:
-        run(report.main, report.ReportConfig, prog="report", argv=[str(arg) for arg in argv])
+        run(command.main, command.ReportConfig, prog="report", argv=[str(arg) for arg in argv])
     except SystemExit as exit_:
         return exit_.code
     return 0
@@ -140,7 +143,7 @@ def test_a_value_that_is_no_number_is_not_drawn(tmp_path):
     assert made.values("loss").tolist() == [4.0, 3.0]
     page = report.html(made, NOW)
     assert "7 rows of metrics.jsonl without a finite loss, first at step 1:" in Page(page).words
-    assert len(points(of_kind(charts(page)["Loss"], "curve raw")[0])) == 2
+    assert len(points(of_kind(charts_of(page)["Loss"], "curve raw")[0])) == 2
 
 
 def test_rows_of_a_past_that_was_given_up_are_left_out(tmp_path):
@@ -180,26 +183,26 @@ def test_thinning_keeps_ends_and_spikes():
     y = np.random.default_rng(0).normal(size=100_000)
     y[31_234], y[77_777] = 50.0, -50.0
     x = np.arange(100_000.0) * 10 + 10
-    keep = svg.thin(x, y, 150)
+    keep = charts.thin(x, y, 150)
     assert {0, 31_234, 77_777, 99_999} <= set(keep.tolist())
     assert len(keep) <= 2 * 150 + 2 and (np.diff(keep) > 0).all()
     columns = (x[keep] - 10) * 150 // (x[-1] - 10)
     assert set(columns[:-1]) == set(range(150))  # no column is empty
-    assert svg.thin(x[:300], y[:300], 150).tolist() == list(range(300))  # few enough
-    assert len(svg.thin(np.ones(1000), y[:1000], 10)) <= 4  # all of one x
+    assert charts.thin(x[:300], y[:300], 150).tolist() == list(range(300))  # few enough
+    assert len(charts.thin(np.ones(1000), y[:1000], 10)) <= 4  # all of one x
 
 
 def test_smoothing_is_a_mean_of_neighbours_that_follows_the_beginning():
     y = np.array([9.0, 5, 3, 2, 2, 2, 8])
     by_hand = [9, np.mean(y[0:3]), np.mean(y[0:5]), np.mean(y[1:6]), np.mean(y[2:7]), np.mean(y[3:7]), np.mean(y[4:7])]
-    assert svg.smooth(y, 2) == pytest.approx(by_hand)
-    assert svg.smooth(y, 0) == pytest.approx(y)
+    assert charts.smooth(y, 2) == pytest.approx(by_hand)
+    assert charts.smooth(y, 0) == pytest.approx(y)
 
 
 @pytest.mark.parametrize("log", [False, True])
 def test_points_lie_where_the_axes_say(log):
     x, y = np.array([0.0, 400, 1000]), np.array([1.0, 10, 100])
-    chart = ElementTree.fromstring(svg.curves("t", [Curve(x, y, "curve")], x_label="steps", log=log))
+    chart = ElementTree.fromstring(charts.curves("t", [Curve(x, y, "curve")], x_label="steps", log=log))
     drawn = points(of_kind(chart, "curve")[0])
     labels = {t.text: (float(t.get("x")), float(t.get("y")) - 4) for t in chart.iter("text")}
     assert drawn[1][0] == pytest.approx(labels["400"][0], abs=0.1)
@@ -212,23 +215,25 @@ def test_a_chart_from_the_middle_on_shows_nothing_before():
     x = np.arange(100.0)
     bands = [(float(step), f"step {step}") for step in range(100)]
     marks = [Mark(10, 10, "circle", "m", "early"), Mark(90, None, "down", "m", "late")]
-    chart = ElementTree.fromstring(svg.curves("t", [Curve(x, x, "c")], x_label="x", since=50, bands=bands, marks=marks))
+    chart = ElementTree.fromstring(
+        charts.curves("t", [Curve(x, x, "c")], x_label="x", since=50, bands=bands, marks=marks)
+    )
     tips = [e.findtext("title") for e in (*of_kind(chart, "band"), *of_kind(chart, "m"))]
     assert tips == [*(f"step {step}" for step in range(50, 100)), "late"]
     assert points(of_kind(chart, "c")[0])[0][0] == min(float(e.get("x")) for e in of_kind(chart, "band"))
-    assert svg.curves("t", [Curve(x, x, "c")], x_label="x", since=100) == ""
+    assert charts.curves("t", [Curve(x, x, "c")], x_label="x", since=100) == ""
 
 
-@pytest.mark.parametrize("width", [svg.WIDTH, svg.WIDE])
+@pytest.mark.parametrize("width", [charts.WIDTH, charts.WIDE])
 @pytest.mark.parametrize("most", [0.0073, 1.0, 9.08, 37.0, 4000.0, 99_999.0, 20_000_000.0])
 @pytest.mark.parametrize("low, high", [(3.2, 11.0), (3.0, 3.0), (0.0, 0.0), (-1e29, 1e29), (1e-6, 6e-4), (1e5, 1.3e6)])
 def test_labels_stay_inside_and_apart(low, high, most, width):
     for log in {False, low > 0}:
         curve = Curve(np.array([0.0, most]), np.array([low, high]), "c")
-        chart = ElementTree.fromstring(svg.curves("t", [curve], x_label="steps", log=log, width=width))
+        chart = ElementTree.fromstring(charts.curves("t", [curve], x_label="steps", log=log, width=width))
         height, boxes = float(chart.get("viewBox").split()[-1]), []
         for t in chart.iter("text"):
-            wide, x, y = svg.text_width(t.text), float(t.get("x")), float(t.get("y"))
+            wide, x, y = charts.text_width(t.text), float(t.get("x")), float(t.get("y"))
             left = x - {"start": 0, "middle": 0.5, "end": 1}[t.get("text-anchor")] * wide
             assert left > -1 and left + wide < width + 1 and 9 < y < height, t.text
             assert all(left + wide <= a or b <= left or abs(y - base) >= 11 for a, b, base in boxes), t.text
@@ -238,7 +243,7 @@ def test_labels_stay_inside_and_apart(low, high, most, width):
 
 
 def test_a_row_can_be_read_where_the_pointer_is(tmp_path):
-    chart = charts(report.html(history.read(make(tmp_path, usual())), NOW))["Loss"]
+    chart = charts_of(report.html(history.read(make(tmp_path, usual())), NOW))["Loss"]
     bands = of_kind(chart, "band")
     assert len(bands) == report.MOST_BANDS
     assert bands[-1].findtext("title") == "step 100, 100,000 tokens, 3:20, loss 2.0000"
@@ -248,11 +253,11 @@ def test_a_row_can_be_read_where_the_pointer_is(tmp_path):
     left, right = ends[0][0], ends[-1][1]
     nearest = [left + (right - left) * (a + b) / 2 / 100 for a, b in itertools.pairwise(steps)]
     assert [end for _, end in ends[:-1]] == pytest.approx(nearest, abs=0.2)
-    assert ends[-1][1] == pytest.approx(svg.WIDTH - svg.MARGIN, abs=0.1)
+    assert ends[-1][1] == pytest.approx(charts.WIDTH - charts.MARGIN, abs=0.1)
 
 
 def test_validation_is_marked_and_the_best_of_it(tmp_path):
-    chart = charts(report.html(history.read(make(tmp_path, usual())), NOW))["Loss"]
+    chart = charts_of(report.html(history.read(make(tmp_path, usual())), NOW))["Loss"]
     (best,) = of_kind(chart, "mark best")
     dots = of_kind(chart, "mark validation")
     assert len(dots) == 10 and best.findtext("title").startswith(
@@ -264,28 +269,28 @@ def test_validation_is_marked_and_the_best_of_it(tmp_path):
 
 def test_the_best_is_marked_among_too_many(tmp_path):
     rows = [validation(step, 1.0 if step == 1234 else 2.0) for step in range(3000)]
-    chart = charts(report.html(history.read(make(tmp_path, rows, steps=3000)), NOW))["Loss"]
+    chart = charts_of(report.html(history.read(make(tmp_path, rows, steps=3000)), NOW))["Loss"]
     assert "step 1,234," in of_kind(chart, "mark best")[0].findtext("title")
     assert len(of_kind(chart, "mark validation")) == report.MOST_VALIDATIONS
 
 
 def test_skipped_steps_are_marked_where_their_count_grows(tmp_path):
     rows = [training(step, 3.0, skipped=(step >= 20) + 2 * (step >= 70)) for step in range(1, 101)]
-    made = charts(report.html(history.read(make(tmp_path, rows)), NOW))
+    made = charts_of(report.html(history.read(make(tmp_path, rows)), NOW))
     for title in ("Loss", "Gradient norm"):
         tips = [mark.findtext("title") for mark in of_kind(made[title], "mark skipped")]
         assert [tip[:33] for tip in tips] == ["1 step skipped up to step 20, 20,", "2 steps skipped up to step 70, 70"]
     assert not of_kind(made["Learning rate"], "mark skipped")
-    first = charts(report.html(history.read(make(tmp_path / "b", [training(1, 3.0, skipped=1)])), NOW))["Loss"]
+    first = charts_of(report.html(history.read(make(tmp_path / "b", [training(1, 3.0, skipped=1)])), NOW))["Loss"]
     assert len(of_kind(first, "mark skipped")) == 1
     assert "3steps skipped" in page_of(tmp_path).words
 
 
 def test_what_was_not_measured_has_no_chart(tmp_path):
-    made = charts(report.html(history.read(make(tmp_path, usual())), NOW))
+    made = charts_of(report.html(history.read(make(tmp_path, usual())), NOW))
     assert list(made) == ["Loss", "Loss, second half", "Learning rate", "Gradient norm", "Tokens per second"]
     rows = [training(1, 3.0, peak_mib=900.0, grad_norm=0.0), training(2, 3.0, peak_mib=1000.0, grad_norm=0.0)]
-    made = charts(report.html(history.read(make(tmp_path, rows)), NOW))
+    made = charts_of(report.html(history.read(make(tmp_path, rows)), NOW))
     assert list(made) == ["Loss", "Learning rate", "Tokens per second", "Peak memory, MiB"]  # no logarithm of 0
     zero = {title for title, chart in made.items() if "0" in [t.text for t in chart.iter("text")][:1]}
     assert zero == {"Learning rate", "Tokens per second", "Peak memory, MiB"}
@@ -301,7 +306,7 @@ def test_a_page_does_not_grow_with_the_run(tmp_path):
 
     short, long = (report.html(history.read(make(tmp_path, rows(n), steps=n)), NOW) for n in (2_000, 40_000))
     assert len(long) < 1.5 * len(short) < 500_000
-    assert of_kind(charts(long)["Loss"], "band")[-1].findtext("title").startswith("step 40,000, 40.0 million tokens")
+    assert of_kind(charts_of(long)["Loss"], "band")[-1].findtext("title").startswith("step 40,000, 40.0 million tokens")
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -482,7 +487,7 @@ def test_runs_lie_over_each_other_on_each_axis(two):
     assert list(parts) == list(history.AXES)
     shares = {}
     for axis, part in parts.items():
-        chart = charts(part)["Validation loss, nats per token"]
+        chart = charts_of(part)["Validation loss, nats per token"]
         ends = [points(of_kind(chart, f"curve run{i} dash{i}")[0])[-1][0] for i in (0, 1)]
         left = float(next(iter(of_kind(chart, "grid"))).get("x1"))
         shares[axis] = (ends[1] - left) / (ends[0] - left)
@@ -506,7 +511,7 @@ def test_the_table_tells_the_lowest_loss(two):
 
 
 def test_options_that_differ_are_told(two, tmp_path):
-    assert compare._differences(two) == [("lr", ["0.001", "0.002"]), ("ema", [svg.NONE, "0.9"])]
+    assert compare._differences(two) == [("lr", ["0.001", "0.002"]), ("ema", [charts.NONE, "0.9"])]
     other = history.read(make(tmp_path / "c", usual(), model={**MODEL, "vocab_size": 66, "n_positions": 32}), "c")
     names = [name for name, _ in compare._differences([two[0], other])]
     assert names == ["vocab_size", "lr"]  # the context is told as an option of the run, not twice

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model import cli, shards
-from model import data as data_module
+from model import cli
 from model.cli import UserError
-from model.data import get_batch, load, open_source, prepare, verify
-from model.shards import BadShard, Shard, Tokens, Writer
+from model.data import __main__ as data_command
+from model.data import corpus, get_batch, load, open_source, prepare, shards, verify
+from model.data.shards import BadShard, Shard, Tokens, Writer
 from model.tokenizer import GPT2Tokenizer, gpt2_encoding
 
 TEXT = "It was a dark night; the wind\nblew, and nobody's lamp burned.\n\n  Naïve 🙂 1815!\n" * 40
@@ -516,7 +516,7 @@ def test_verify_reads_what_load_trusts(tmp_path, fineweb):
 
 def test_long_checks_tell_the_time_left(tmp_path, fineweb, monkeypatch, capsys):
     clock = iter(range(0, 10_000, 5))
-    monkeypatch.setattr(data_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(corpus.time, "monotonic", lambda: next(clock))
     open_source(fineweb, tmp_path / "run", "gpt2")
     assert "checking shards: " in capsys.readouterr().err
 
@@ -526,7 +526,7 @@ def test_long_checks_tell_the_time_left(tmp_path, fineweb, monkeypatch, capsys):
 
 def call(*args) -> int:
     try:
-        cli.run(data_module.main, data_module.Command, prog="python -m model.data", argv=[str(arg) for arg in args])
+        cli.run(data_command.main, data_command.Command, prog="python -m model.data", argv=[str(arg) for arg in args])
     except SystemExit as exit_:
         return exit_.code
     return 0

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import optim
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.parallel import World
-from model.step import FIRST_SCALE, GROWTH_STEPS, NOT_FINITE, SPIKE, WINDOW, Guard, Step, dropout_seed
+from model.training import optim
+from model.training.parallel import World
+from model.training.step import FIRST_SCALE, GROWTH_STEPS, NOT_FINITE, SPIKE, WINDOW, Guard, Step, dropout_seed
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)

@@ -20,15 +20,16 @@ import torch
 from safetensors.torch import load_file
 
 import kernels._dispatch
-import model.log
-import model.step
+import model.training.log
+import model.training.step
 import train
-from model import checkpoint, config, data, options, parallel, runs
+from model import checkpoint, config, data
 from model.cli import UserError, run
 from model.generate import generate
 from model.gpt import GPT
-from model.optim import adamw
-from model.options import TrainConfig, preset
+from model.training import options, parallel, run_folder
+from model.training.optim import adamw
+from model.training.options import TrainConfig, preset
 
 ROOT = Path(__file__).parents[1]
 TEXT = "CHAPTER I. The cat sat on the mat, and the mat was flat. The dog sat by the log, and the log was long.\n" * 60
@@ -96,7 +97,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(here, capsys):
     assert [row["step"] for row in validation] == [10, 20, 30, 40]
     assert training[0]["loss"] == pytest.approx(math.log(26), abs=0.3)  # the alphabet's size, nothing learnt yet
     assert training[-1]["loss"] < 2.5 and validation[-1]["val_loss"] < 2.5
-    keys = {"step", "tokens", *model.log.MEASURED, "elapsed_s"}
+    keys = {"step", "tokens", *model.training.log.MEASURED, "elapsed_s"}
     for row in rows(folder):
         assert set(row) == keys and row["tokens"] == row["step"] * 4 * 16
     for row in training:
@@ -123,15 +124,15 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(here, capsys):
 def test_lines_with_and_without_a_terminal(here, monkeypatch):
     """A known GPU would add its MFU; times are left out of the comparison."""
     lines = []
-    monkeypatch.setattr(model.log.LiveLine, "update", lambda self, text: lines.append(text))
-    monkeypatch.setattr(model.log, "peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(model.training.log.LiveLine, "update", lambda self, text: lines.append(text))
+    monkeypatch.setattr(model.training.log, "peak_flops", lambda device, dtype: 1e9)
     assert call(*SMALL, "--steps", 15, "--out", "a") == 0
     number = r"[\d.,]+"
     pattern = (
         rf"step 00015/00015 \| loss {number} \| lr 1.1e-03 \| {number} ms \| {number} tok/s \| mfu {number} \| eta 0:00"
     )
     assert re.fullmatch(pattern, lines[-1])
-    monkeypatch.setattr(model.log.LiveLine, "__enter__", lambda self: setattr(self, "is_live", True))
+    monkeypatch.setattr(model.training.log.LiveLine, "__enter__", lambda self: setattr(self, "is_live", True))
     assert call(*SMALL, "--steps", 15, "--out", "b") == 0
     start = (
         rf"step 00015/00015 \| loss {number} \| val {number} \| elapsed 0:0\d \| eta 0:00 \| lr 1.1e-03 \| {number} ms"
@@ -141,7 +142,7 @@ def test_lines_with_and_without_a_terminal(here, monkeypatch):
 
 
 def test_the_clock():
-    assert [model.log.clock(s) for s in (0, 9.6, 61, 3599, 3600, 90061)] == [
+    assert [model.training.log.clock(s) for s in (0, 9.6, 61, 3599, 3600, 90061)] == [
         "0:00", "0:10", "1:01", "59:59", "1:00:00", "25:01:01"
     ]  # fmt: skip
 
@@ -260,7 +261,7 @@ def test_the_char_preset_is_nanogpts_gpu_example():
 
 
 def test_the_presets_are_named_and_valid():
-    names = runs.preset_names()
+    names = run_folder.preset_names()
     assert {"tiny", "shakespeare-char", "gpt2-124M", "gpt2-medium", "gpt2-large", "gpt2-xl"} <= set(names)
     assert {f"gpt2-124M-{size}GB" for size in (6, 8, 12, 24)} <= set(names)
     for name in names:
@@ -609,7 +610,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_last_words_writes_them_again(h
 
 def test_only_one_process_trains_in_a_folder(here, capsys):
     assert call(*SMALL, "--steps", 10, "--out", "run") == 0
-    with runs.lock(here / "run"):
+    with run_folder.lock(here / "run"):
         refused(here, capsys, ["--resume", "run", "--steps", 20], f"by process {os.getpid()}: wait for it, or stop it")
     assert call("--resume", "run", "--steps", 11) == 0
 
@@ -712,7 +713,7 @@ def test_a_spike_ends_the_run(here, capsys, monkeypatch):
 
 
 def test_an_overflow_of_float16_is_left_out_and_the_metrics_stay_json(here, monkeypatch):
-    monkeypatch.setattr(model.step, "FIRST_SCALE", 2.0**40)
+    monkeypatch.setattr(model.training.step, "FIRST_SCALE", 2.0**40)
     assert call(*SMALL, "--dtype", "float16", "--steps", 30, "--log-every", 1) == 0
     found = [row for row in rows(here / "runs/tiny") if row["loss"] is not None]
     assert "Infinity" not in (here / "runs/tiny/metrics.jsonl").read_text()
@@ -764,12 +765,12 @@ def test_batch_size_auto_keeps_the_step(here, capsys, monkeypatch):
     assert call(*flags, "--batch-size", "auto", "--steps", 2, "--out", "a") == 0
     cfg = options.stored_config(here / "a")
     assert (cfg.batch_size, cfg.grad_accum) == (16, 1)
-    monkeypatch.setattr(train.accounting, "largest_batch", lambda *arguments, **options: 7)
+    monkeypatch.setattr(train.step_memory, "largest_batch", lambda *arguments, **options: 7)
     assert call(*flags, "--batch-size", "auto", "--steps", 2, "--out", "b") == 0
     cfg = options.stored_config(here / "b")
     assert (cfg.batch_size, cfg.grad_accum) == (4, 4)
     assert call("--resume", "b", "--batch-size", "auto", "--steps", 3) == 0
-    monkeypatch.setattr(train.accounting, "largest_batch", lambda *arguments, **options: 0)
+    monkeypatch.setattr(train.step_memory, "largest_batch", lambda *arguments, **options: 0)
     refused(
         here, capsys, [*flags, "--batch-size", "auto"], "do not fit into memory\nno smaller --batch-size should fit"
     )

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from model import config, runs
+from model import config
 from model.cli import UserError
 from model.config import GPTConfig
-from model.parallel import World
+from model.training import run_folder
+from model.training.parallel import World
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Dtype = Literal["auto", "bfloat16", "float16", "tf32", "float32"]
@@ -93,7 +94,7 @@ RESUMABLE = (
 
 def preset(name: str) -> TrainConfig:
     """The options of a preset, by name or file."""
-    values = runs.read_preset(name)
+    values = run_folder.read_preset(name)
     shape = values.pop("shape", None)
     if shape is not None and shape not in config.PRESETS:
         raise UserError(f"{name}: unknown shape {shape!r}: choose one of {', '.join(config.PRESETS)}")
@@ -242,7 +243,7 @@ def sequences(cfg: TrainConfig) -> int:
 
 def stored_config(folder: Path) -> TrainConfig:
     """The options of the run in `folder`."""
-    return _from_values(runs.stored_options(folder), folder / runs.CONFIG)
+    return _from_values(run_folder.stored_options(folder), folder / run_folder.CONFIG)
 
 
 def run_options(cfg: TrainConfig) -> dict[str, Any]:

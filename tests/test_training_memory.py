@@ -16,26 +16,14 @@ from bench.memory import levels, step_peak
 from kernels import use_backend
 from kernels._triton import INTERPRET
 from kernels.linear_cross_entropy import SCRATCH_BYTES, chunk_rows
-from model import accounting, optim
-from model.accounting import (
-    PEAK_TFLOPS,
-    RESERVE,
-    Memory,
-    advice,
-    describe,
-    device_bytes,
-    fit,
-    flops_per_token,
-    largest_batch,
-    memory,
-    mfu,
-    parameters,
-    peak_flops,
-)
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT, num_parameters
-from model.runs import PRESETS as PRESETS_FOLDER
-from model.runs import read_preset
+from model.training import memory as step_memory
+from model.training import optim
+from model.training.flops import PEAK_TFLOPS, flops_per_token, mfu, parameters, peak_flops
+from model.training.memory import RESERVE, Memory, advice, describe, device_bytes, fit, largest_batch, memory
+from model.training.run_folder import PRESETS as PRESETS_FOLDER
+from model.training.run_folder import read_preset
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -332,7 +320,7 @@ def test_scratch_is_the_chunk_of_logits_that_the_kernel_takes(monkeypatch):
         for M, V, size in ((1, 10, 4), (100, 300, 2), (5000, 50257, 2), (65536, 50257, 2), (65536, 50304, 4)):
             row_bytes = -(-V // 64) * 64 * size
             rows = min(M, chunk_rows(M, row_bytes, cuda))
-            assert accounting._scratch(M, V, size, gib * 2**30) == rows * row_bytes, (gib, M, V)
+            assert step_memory._scratch(M, V, size, gib * 2**30) == rows * row_bytes, (gib, M, V)
 
 
 def test_a_card_that_is_not_named_is_a_large_one():
@@ -406,7 +394,7 @@ def test_memory_of_a_cuda_device_and_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=123))
     assert device_bytes("cuda") == device_bytes(torch.device("cuda", 1)) == 123
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(accounting, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(step_memory, "CGROUP_LIMIT", limit)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert device_bytes("cpu") == total
     for text, bytes in (("max\n", total), ("5000\n", 5000), (f"{2 * total}\n", total)):

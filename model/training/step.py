@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model import parallel
 from model.gpt import GPT, IGNORE
-from model.optim import EMA, set_lr
-from model.parallel import World
+from model.training import parallel
+from model.training.optim import EMA, set_lr
+from model.training.parallel import World
 
 WINDOW = 128  # steps that a spike is measured against (llm.c's outlier detector has the same)
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in float16, as torch.amp.GradScaler has them

@@ -12,21 +12,20 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import tyro
 from markupsafe import Markup
 
-from model import compare, options, svg
-from model.accounting import parameters
-from model.cli import UserError, run
+from model.cli import UserError
 from model.evaluate import perplexity
-from model.history import History, clock, read, steps
-from model.runs import METRICS
-from model.svg import Mark, num
+from model.report import charts
+from model.report.charts import Mark, num
+from model.report.history import History, clock, read, steps
+from model.training import options
+from model.training.flops import parameters
+from model.training.run_folder import METRICS
 
 PAGE, SAMPLE = "report.html", "sample.txt"  # in the folder of a run
 RELOAD_S = 30
@@ -50,18 +49,20 @@ def _figures(of: History) -> list[Figure]:
     loss.append(of.curve("val_loss", "curve between"))
     skipped = _skipped(of)
     more: dict[str, Any] = {"x_label": "steps", "marks": [*_validations(of), *skipped], "bands": _bands(of, "loss")}
-    made = [Figure("Loss, nats per token", svg.drawings("Loss", loss, wide=True, **more))]
+    made = [Figure("Loss, nats per token", charts.drawings("Loss", loss, wide=True, **more))]
     if len(of.rows("loss")) >= 20:
-        half = svg.drawings("Loss, second half", loss, since=of.done / 2, **more)
+        half = charts.drawings("Loss, second half", loss, since=of.done / 2, **more)
         made.append(Figure("Loss, second half of the steps so far", half))
     for name, title in (("lr", "Learning rate"), ("tok_per_s", "Tokens per second"), ("peak_mib", "Peak memory, MiB")):
-        drawings = svg.drawings(
+        drawings = charts.drawings(
             title, [of.curve(name, "curve line")], x_label="steps", bands=_bands(of, name), zero=True
         )
         made.append(Figure(title, drawings))
     norm = [of.curve("grad_norm", "curve line")]
     more = {"x_label": "steps", "marks": skipped, "bands": _bands(of, "grad_norm"), "log": True}
-    made.insert(-2, Figure("Gradient norm before clipping, logarithmic", svg.drawings("Gradient norm", norm, **more)))
+    made.insert(
+        -2, Figure("Gradient norm before clipping, logarithmic", charts.drawings("Gradient norm", norm, **more))
+    )
     return [figure for figure in made if figure.drawings]
 
 
@@ -99,7 +100,7 @@ def _glance(of: History) -> list[tuple[str, str]]:
     """The few figures that a reader looks for first: (figure, what it is)."""
     found = [(f"{of.done:,}", f"of {steps(of.steps)} done, {100 * of.done // of.steps} %")]
     if (loss := of.last("loss")) is not None:
-        found.append((f"{loss:.4f}", f"loss now; smoothed {svg.smooth(of.values('loss'), of.reach)[-1]:.4f}"))
+        found.append((f"{loss:.4f}", f"loss now; smoothed {charts.smooth(of.values('loss'), of.reach)[-1]:.4f}"))
     if of.best is not None:
         step, best = of.best
         found.append(
@@ -214,7 +215,7 @@ def html(of: History, now: float) -> str:
     state, words = _state(of, now)
     samples, left_out = _samples(of)
     changed, rest = _options(of)
-    return svg.page(
+    return charts.page(
         Path(__file__).with_name("report.html.jinja"),
         name=of.name,
         state=state,
@@ -239,10 +240,10 @@ def write(run: Path) -> Path:
 
     Raises UserError where the folder holds no run or no metrics, OSError where it cannot be written to.
     """
-    return _write(run / PAGE, html(read(run), time.time()))
+    return write_page(run / PAGE, html(read(run), time.time()))
 
 
-def _write(path: Path, text: str) -> Path:
+def write_page(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the trainer and a user may write at the same time
     try:
@@ -251,29 +252,3 @@ def _write(path: Path, text: str) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-Out = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Write the page of a run, or one page that lays several runs over each other."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of training runs
-    out: Out = None  # the page; without it RUN/report.html, and for several runs runs/compare.html
-
-
-def main(cfg: ReportConfig) -> None:
-    folders = list({folder.resolve(): folder for folder in cfg.runs}.values())
-    if not folders:
-        raise UserError("which run? give its folder, such as runs/tiny, or several to lay them over each other")
-    if len(folders) == 1:
-        print(_write(cfg.out or folders[0] / PAGE, html(read(folders[0]), time.time())))
-    else:
-        found = [read(folder, name) for folder, name in zip(folders, compare.names(folders), strict=True)]
-        print(_write(cfg.out or Path("runs") / "compare.html", compare.html(found)))
-
-
-if __name__ == "__main__":
-    run(main, ReportConfig, prog="python -m model.report")

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from model import report, runs
-from model.accounting import mfu, peak_flops
 from model.cli import LiveLine, UserError
 from model.config import GPTConfig
-from model.history import clock
+from model.report import page as report
+from model.report.history import clock
+from model.training import run_folder
+from model.training.flops import mfu, peak_flops
 
 MEASURED = ("loss", "val_loss", "lr", "grad_norm", "step_ms", "tok_per_s", "mfu", "peak_mib", "skipped")
 
@@ -52,7 +53,9 @@ class Log:
         self.restart_clock(done)
 
     def __enter__(self) -> Log:
-        self.metrics = (self.folder / runs.METRICS).open("a", encoding="utf-8", buffering=1)  # a row is written at once
+        self.metrics = (self.folder / run_folder.METRICS).open(
+            "a", encoding="utf-8", buffering=1
+        )  # a row is written at once
         self.line.__enter__()
         return self
 
@@ -61,7 +64,7 @@ class Log:
         self.metrics.close()
         if self.tensorboard:
             self.tensorboard.close()
-        if runs.has_begun(self.folder):
+        if run_folder.has_begun(self.folder):
             self._write_page()
 
     def restart_clock(self, step: int) -> None:
@@ -107,7 +110,7 @@ class Log:
         self.line.print(f"step {step:05d}/{self.steps:05d} | validation loss {val_loss:.4f}{' *' * is_best}")
 
     def sample(self, step: int, text: str) -> None:
-        with (self.folder / runs.SAMPLES).open("a", encoding="utf-8") as file:
+        with (self.folder / run_folder.SAMPLES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}) + "\n")
         if self.tensorboard:
             self.tensorboard.add_text("sample", text, step)

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from model import svg
 from model.cli import UserError
 from model.config import GPTConfig
-from model.runs import CONFIG, METRICS, SAMPLES
-from model.svg import Curve, num
+from model.report import charts
+from model.report.charts import Curve, num
+from model.training.run_folder import CONFIG, METRICS, SAMPLES
 
 # skipped (steps left out) and elapsed_s are counted from the beginning of the run
 COLUMNS = (
@@ -107,7 +107,7 @@ class History:
         if name == "grad_norm":
             found = found[self.columns[name][found] > 0]
         y = self.columns[name][found]
-        return Curve(self.columns[x][found] / unit, svg.smooth(y, self.reach) if smooth else y, kind, self.name)
+        return Curve(self.columns[x][found] / unit, charts.smooth(y, self.reach) if smooth else y, kind, self.name)
 
     def describe(self, row: int, *names: str) -> str:
         """What stands in a row: ``step 1,200, 1.23 million tokens, 12:30, loss 3.2110``."""

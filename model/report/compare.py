@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from model import svg
-from model.accounting import parameters
-from model.history import AXES, History, clock, count
-from model.svg import NONE, Mark, num
+from model.report import charts
+from model.report.charts import NONE, Mark, num
+from model.report.history import AXES, History, clock, count
+from model.training.flops import parameters
 
 MOST_MARKS = 60  # of a run in a chart
 _IMPLIED = ("n_positions", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # of a model: context and dropout say the same
@@ -52,9 +52,9 @@ def _kind(i: int) -> str:
 
 def _key(i: int, name: str) -> Markup:
     """The line and the symbol of the i-th run."""
-    canvas = svg.Canvas(name, "its line and its symbol", 34, "key")
+    canvas = charts.Canvas(name, "its line and its symbol", 34, "key")
     canvas.curve([(1, 7), (33, 7)], f"curve {_kind(i)}")
-    canvas.dot(svg.SHAPES[i % 5], 17, 7, f"mark run{i % 5}")
+    canvas.dot(charts.SHAPES[i % 5], 17, 7, f"mark run{i % 5}")
     return Markup(canvas.done(14))
 
 
@@ -80,7 +80,7 @@ def _over(runs: list[History], title: str, name: str, *, wide: bool = False, hal
         since = max((c.x[-1] for c in drawn if len(c.x)), default=0.0) / 2 if half else 0.0
         zero = name in ("lr", "tok_per_s")
         marks = _marks(runs, name, axis, unit) if name == "val_loss" else []
-        if drawings := svg.drawings(title, drawn, x_label=label, marks=marks, since=since, wide=wide, zero=zero):
+        if drawings := charts.drawings(title, drawn, x_label=label, marks=marks, since=since, wide=wide, zero=zero):
             by_axis.append((axis, drawings))
     return Figure(title, by_axis)
 
@@ -90,7 +90,9 @@ def _marks(runs: list[History], name: str, axis: str, unit: float) -> list[Mark]
     for i, of in enumerate(runs):
         for row in of.thinned(name, MOST_MARKS, axis):
             x, y = float(of.columns[axis][row]) / unit, float(of.columns[name][row])
-            marks.append(Mark(x, y, svg.SHAPES[i % 5], f"mark run{i % 5}", f"{of.name}: {of.describe(row, name)}", 3.0))
+            marks.append(
+                Mark(x, y, charts.SHAPES[i % 5], f"mark run{i % 5}", f"{of.name}: {of.describe(row, name)}", 3.0)
+            )
     return marks
 
 
@@ -125,7 +127,7 @@ def _cells(of: History) -> list[str]:
         f"{of.best[1]:.4f}" if of.best else NONE,
         f"{of.best[0]:,}" if of.best else NONE,
         NONE if val is None else f"{val:.4f}",
-        f"{svg.smooth(loss, of.reach)[-1]:.4f}" if len(loss) else NONE,
+        f"{charts.smooth(loss, of.reach)[-1]:.4f}" if len(loss) else NONE,
         f"{of.done:,}" if of.done >= of.steps else f"{of.done:,} of {of.steps:,}",
         NONE if tokens is None else count(tokens),
         num(float(np.median(rates))) if len(rates) else NONE,
@@ -146,7 +148,7 @@ def _differences(runs: list[History]) -> list[tuple[str, list[str]]]:
 def html(runs: list[History]) -> str:
     """The page; runs in the order in which they are shown, with names that tell them apart."""
     head, rows = _table(runs)
-    return svg.page(
+    return charts.page(
         Path(__file__).with_name("compare.html.jinja"),
         axes=AXES,
         keys=[_key(i, of.name) for i, of in enumerate(runs)],

@@ -30,16 +30,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import torch
-import tyro
-from torch import Tensor
 
-from model import books, shards
-from model.cli import UserError, run
-from model.shards import BadShard, Shard, Tokens
+from model.cli import UserError
+from model.data import books, shards
+from model.data.shards import BadShard, Shard, Tokens
 from model.tokenizer import FILE as TOKENIZER_FILE
 from model.tokenizer import PIECE, Tokenizer, build_tokenizer, load_tokenizer, pieces
 
@@ -166,126 +163,6 @@ def load(folder: Path) -> TokenData:
 def verify(folder: Path) -> TokenData:
     """`load`, with the SHA-256 of every shard computed."""
     return _load(Path(folder), trust=False)
-
-
-def get_batch(tokens: Tokens, *, context: int, seed: int, step: int, rows: range) -> tuple[Tensor, Tensor]:
-    """Random windows: idx and the tokens that follow, targets, both (len(rows), context) int64 on the CPU.
-
-    A step draws as many windows as it likes, numbered from 0; rows: which of them. The result depends on the arguments
-    alone, so step k has the same batch in every run, resumed or not, whole or cut into micro-steps and processes.
-    Each window begins at any of the len(tokens) - context places where every one of its tokens has a next one, all
-    equally likely. The generator is counter-based (Philox; Salmon et al. 2011): seed is the key (0 to 2**128 - 1), step
-    the counter.
-    """
-    drawn = torch.from_numpy(_draw(tokens, context, seed, step, rows))
-    return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
-
-
-def _draw(tokens: Tokens, context: int, seed: int, step: int, rows: range) -> np.ndarray:
-    """(len(rows), context + 1) int64."""
-    places = len(tokens) - context
-    if places < 1:
-        raise UserError(
-            f"{len(tokens):,} tokens are too few for a context of {context:,}: {context + 1:,} are needed\n"
-            "give more text, or choose a smaller context"
-        )
-    # random_raw and not Generator.integers: numpy promises the former to stay the same in every version
-    words = np.random.Philox(key=seed, counter=int(step) << 64).random_raw(rows.stop)  # uint64; 2**66 words per step
-    starts = words[rows.start : rows.stop : rows.step] % places  # off an even draw by places / 2**64 at most
-    return tokens.rows(starts.astype(np.int64), context + 1)
-
-
-class Loader:
-    """The batches of the steps from first_step on, read ahead: an iterator of idx, targets, (A, B, T) int64 each.
-
-    rows: which of the windows of a step are drawn here (see `get_batch`), A * B of them in order; B: micro_batch,
-    T: context. `readers` threads make whole steps in host memory. What they fail with is raised where that step is
-    asked for, and again as long as it is asked for. They never call CUDA: whatever another thread does there may break
-    the capture of a CUDA graph.
-    """
-
-    def __init__(
-        self,
-        tokens: Tokens,
-        *,
-        context: int,
-        seed: int,
-        first_step: int,
-        rows: range,
-        micro_batch: int,
-        device: str | torch.device,
-        readers: int = 2,
-    ) -> None:
-        if len(rows) % micro_batch:
-            raise ValueError(f"{len(rows)} rows are not a whole number of micro-steps of {micro_batch}")
-        self.tokens, self.context, self.seed, self.rows = tokens, context, seed, rows
-        self.device = torch.device(device)
-        self._shape = (2, len(rows) // micro_batch, micro_batch, context)
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="loader")
-        self._steps = itertools.count(first_step)
-        self._ahead: deque[Future[Tensor]] = deque()
-        for _ in range(2 * readers):
-            self._read_ahead()
-
-    def __iter__(self) -> Loader:
-        return self
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        """idx, targets of the next step on the device, ready for what the current stream does next."""
-        batch = self._ahead[0].result()
-        self._ahead.popleft()
-        self._read_ahead()
-        if self._stream is not None:
-            # A stream of its own: the copy runs beside the kernels of the steps before, which are still queued.
-            with torch.cuda.stream(self._stream):
-                batch = batch.to(self.device, non_blocking=True)
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self._stream)
-            batch.record_stream(current)  # allocated for the other stream, which must not reuse it before this one ends
-        return batch[0], batch[1]
-
-    def close(self) -> None:
-        """Stop reading ahead; does not wait for a thread that is reading."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _read_ahead(self) -> None:
-        # Pinned memory is taken from PyTorch's cache, which gives it out again only after the copy from it is done.
-        batch = torch.empty(self._shape, dtype=torch.int64, pin_memory=self._stream is not None)
-        self._ahead.append(self._pool.submit(self._read, next(self._steps), batch))
-
-    def _read(self, step: int, batch: Tensor) -> Tensor:
-        drawn = _draw(self.tokens, self.context, self.seed, step, self.rows)
-        # numpy copies, as torch would start threads of its own for it
-        idx, targets = batch.view(2, len(self.rows), self.context).numpy()
-        idx[:], targets[:] = drawn[:, :-1], drawn[:, 1:]
-        return batch
-
-
-def windows(
-    tokens: Tokens | np.ndarray, context: int, batch_size: int, most: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`tokens` in order for evaluation: (idx, targets), int64 on the CPU, up to batch_size windows of `context`.
-
-    Without `most` every token but the first is a target exactly once. most: take at most so many windows, spread evenly
-    over the text; always the same ones, whatever the batch size. The last window is filled up with id 0 and target
-    -100, which the loss ignores; the last batch may have fewer rows.
-    """
-    if len(tokens) < 2:
-        raise UserError(f"{len(tokens)} tokens are too few to evaluate on: at least 2 are needed; give more text")
-    n = -(-(len(tokens) - 1) // context)
-    chosen = np.arange(min(n, most or n)) * n // min(n, most or n)
-    batches = (chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size))
-    return (_window_batch(tokens, numbers.tolist(), context) for numbers in batches)
-
-
-def _window_batch(tokens: Tokens | np.ndarray, numbers: list[int], context: int) -> tuple[Tensor, Tensor]:
-    idx = np.zeros((len(numbers), context), dtype=np.int64)
-    targets = np.full((len(numbers), context), -100, dtype=np.int64)
-    for row, number in enumerate(numbers):
-        ids = tokens[number * context : (number + 1) * context + 1]
-        idx[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
-    return torch.from_numpy(idx), torch.from_numpy(targets)
 
 
 # Token folders
@@ -585,54 +462,3 @@ class _Progress:
     def close(self) -> None:
         if self.shown and self.rewrite:
             print(f"\r{'':70}\r", end="", file=sys.stderr, flush=True)
-
-
-# The command
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Encode a text file, or a folder of .txt files, into a token folder, for one run or many."""
-
-    source: tyro.conf.Positional[Path]
-    """Text file, or folder of them."""
-    folder: tyro.conf.Positional[Path]
-    """Token folder to make; an older one of that name is replaced."""
-    tokenizer: str = "gpt2"
-    """char (one token per character) or gpt2 (byte-pair encoding, 50,257 tokens)."""
-    val_fraction: float = 0.1
-    """Share of each text for validation, 0 to 1."""
-    shard_tokens: int = SHARD_TOKENS
-    """Tokens in a shard at most."""
-
-
-@dataclass(frozen=True)
-class Show:
-    """Say what a token folder holds, after reading every shard and comparing its SHA-256."""
-
-    folder: tyro.conf.Positional[Path]
-    """Token folder, such as the data/ of a run."""
-
-
-Command = Annotated[Prepare, tyro.conf.subcommand("prepare")] | Annotated[Show, tyro.conf.subcommand("show")]
-
-
-def main(command: Prepare | Show) -> None:
-    if isinstance(command, Prepare):
-        c = command
-        data = prepare(c.source, c.folder, c.tokenizer, val_fraction=c.val_fraction, shard_tokens=c.shard_tokens)
-    else:
-        data = verify(command.folder)
-    print(f"{command.folder}: tokenizer {data.tokenizer.name}, {data.tokenizer.n_vocab:,} ids")
-    for split in SPLITS:
-        meta = data.meta[split]
-        count = f"{len(meta['shards']):,} {'shard' if len(meta['shards']) == 1 else 'shards'}"
-        print(f"{split:5}  {meta['tokens']:15,} tokens  {meta['bytes']:15,} bytes of text  {count}")
-        for path in sorted({str(Path(entry["path"]).parent) for entry in meta["shards"]} - {"."}):
-            print(f"       in {path}")
-    if isinstance(command, Show):
-        print("every shard has the SHA-256 that it had when it was first read")
-
-
-if __name__ == "__main__":
-    run(main, Command, prog="python -m model.data")  # type: ignore[arg-type]

@@ -1,0 +1,60 @@
+"""python -m model.data: prepare a token folder, or show what one holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from model.cli import run
+from model.data.corpus import SHARD_TOKENS, SPLITS, prepare, verify
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Encode a text file, or a folder of .txt files, into a token folder, for one run or many."""
+
+    source: tyro.conf.Positional[Path]
+    """Text file, or folder of them."""
+    folder: tyro.conf.Positional[Path]
+    """Token folder to make; an older one of that name is replaced."""
+    tokenizer: str = "gpt2"
+    """char (one token per character) or gpt2 (byte-pair encoding, 50,257 tokens)."""
+    val_fraction: float = 0.1
+    """Share of each text for validation, 0 to 1."""
+    shard_tokens: int = SHARD_TOKENS
+    """Tokens in a shard at most."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Say what a token folder holds, after reading every shard and comparing its SHA-256."""
+
+    folder: tyro.conf.Positional[Path]
+    """Token folder, such as the data/ of a run."""
+
+
+Command = Annotated[Prepare, tyro.conf.subcommand("prepare")] | Annotated[Show, tyro.conf.subcommand("show")]
+
+
+def main(command: Prepare | Show) -> None:
+    if isinstance(command, Prepare):
+        c = command
+        data = prepare(c.source, c.folder, c.tokenizer, val_fraction=c.val_fraction, shard_tokens=c.shard_tokens)
+    else:
+        data = verify(command.folder)
+    print(f"{command.folder}: tokenizer {data.tokenizer.name}, {data.tokenizer.n_vocab:,} ids")
+    for split in SPLITS:
+        meta = data.meta[split]
+        count = f"{len(meta['shards']):,} {'shard' if len(meta['shards']) == 1 else 'shards'}"
+        print(f"{split:5}  {meta['tokens']:15,} tokens  {meta['bytes']:15,} bytes of text  {count}")
+        for path in sorted({str(Path(entry["path"]).parent) for entry in meta["shards"]} - {"."}):
+            print(f"       in {path}")
+    if isinstance(command, Show):
+        print("every shard has the SHA-256 that it had when it was first read")
+
+
+if __name__ == "__main__":
+    run(main, Command, prog="python -m model.data")  # type: ignore[arg-type]

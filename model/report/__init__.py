@@ -1,0 +1,1 @@
+"""Pages made of what runs have logged: one run, or several laid over each other."""
