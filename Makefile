@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test lint format gpu static fuzz mutants faults clean
+.PHONY: help train test slow lint format gpu static fuzz mutants faults clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train a model that fits this machine on Book/, and read what it writes"
 	@echo "make test    the test suite (CPU; on a CUDA machine the kernels run on the GPU too)"
+	@echo "make slow    the tests that take longer: every command of the READMEs, several processes, kill -9"
 	@echo "make gpu     proof and benchmarks of the kernels on this machine's NVIDIA GPU"
 	@echo "make static  what every kernel compiles to, for sm_80, sm_90 and sm_100 (no GPU is used)"
 	@echo "make fuzz    random cases for every kernel, EXAMPLES=300 of them each; the suite has a few, the same every time"
@@ -36,6 +37,10 @@ train: $(VENV)/.with-core
 # One worker per core, whole files to a worker; torch gets one thread in each (tests/conftest.py).
 test: $(VENV)/.with-test
 	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# The tests that cannot be short: every command of the READMEs, several processes, kill -9.
+slow: $(VENV)/.with-test
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m slow $(ARGS)
 
 EXAMPLES ?= 300
 fuzz: $(VENV)/.with-test
