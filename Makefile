@@ -1,4 +1,4 @@
-# Every target sets up what it needs: a .venv with the pinned set of constraints.txt. Python >= 3.10 and make are enough.
+# Every target installs what it needs into .venv, with the versions pinned in constraints.txt. Needs Python >= 3.10 and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,18 +8,20 @@ ARGS ?=
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train   train a model that fits this machine on Book/, and read what it writes"
-	@echo "make test    the test suite (CPU; on a CUDA machine the kernels run on the GPU too)"
-	@echo "make slow    the tests that take longer: every command of the READMEs, several processes, kill -9"
-	@echo "make gpu     proof and benchmarks of the kernels on this machine's NVIDIA GPU"
-	@echo "make static  what every kernel compiles to, for sm_80, sm_90 and sm_100 (no GPU is used)"
-	@echo "make fuzz    random cases for every kernel, EXAMPLES=300 of them each; the suite has a few, the same every time"
-	@echo "make mutants breaks the kernels by hand, one line at a time, and sees the suite turn red"
-	@echo "make faults  kills a training run at 50 random moments, fills its disk, damages its checkpoints"
-	@echo "make lint    format check, lint, types        make format   rewrite in house style"
-	@echo "ARGS=... is passed on:  make train ARGS='--steps 500'   make test ARGS='-k layer_norm'"
+	@echo "make train    train a model that fits this machine on Book/, and show what it writes"
+	@echo "make test     run the test suite; where there is a CUDA GPU, the kernels run on it"
+	@echo "make slow     run the slower tests: several processes, kill -9, benchmark commands"
+	@echo "make gpu      prove and benchmark the kernels on this machine's NVIDIA GPU"
+	@echo "make static   compile every kernel for sm_80, sm_90 and sm_100 and report spills and tensor-core use (no GPU)"
+	@echo "make fuzz     test every kernel on EXAMPLES=300 random cases"
+	@echo "make mutants  break the kernels one line at a time; the tests must fail each time"
+	@echo "make faults   kill a training run at 50 random moments, fill its disk, damage its checkpoints"
+	@echo "make lint     check format, lint and types"
+	@echo "make format   reformat the source"
+	@echo "make clean    remove .venv and caches"
+	@echo "ARGS=... adds arguments:  make train ARGS='--steps 500'   make test ARGS='-k layer_norm'"
 
-# One stamp per set of extras: a changed pyproject.toml or constraints.txt installs again, otherwise nothing is done.
+# One stamp file per set of extras: reinstall only when pyproject.toml or constraints.txt has changed.
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else f"error: Python {v[0]}.{v[1]} is too old, 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	@echo "setting up $(VENV) (once)"
@@ -34,11 +36,11 @@ $(VENV)/.with-%: $(VENV)/.made pyproject.toml constraints.txt
 train: $(VENV)/.with-core
 	@$(BIN)/python train.py $(ARGS)
 
-# One worker per core, whole files to a worker; torch gets one thread in each (tests/conftest.py).
+# One worker per core, each taking whole files; torch uses one thread per worker (tests/conftest.py).
 test: $(VENV)/.with-test
 	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-# The tests that cannot be short: every command of the READMEs, several processes, kill -9.
+# Tests that cannot be fast: several processes, kill -9, benchmark commands.
 slow: $(VENV)/.with-test
 	@$(BIN)/python -m pytest -n auto --dist loadfile -m slow $(ARGS)
 
@@ -61,12 +63,12 @@ format: $(VENV)/.with-lint
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-# EXTRAS=bench,hf installs the other libraries that ours is measured beside; without them they are named as missing.
+# EXTRAS=bench,hf installs the libraries to compare with; without them they are reported as missing.
 EXTRAS ?= core
 gpu: $(VENV)/.with-$(EXTRAS)
 	@$(BIN)/python -m bench gpu $(ARGS)
 
-# Compiles every kernel, every case, every precision for GPUs that need not be here: ten minutes of two cores.
+# Every kernel, case and precision: ten minutes on two cores, no GPU.
 static: $(VENV)/.with-core
 	@$(BIN)/python -m bench static --arch 80 90 100 $(ARGS)
 

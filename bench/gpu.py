@@ -1,16 +1,19 @@
 """Everything about one GPU in a few minutes: the work in order of importance, inside a budget that it keeps.
 
-A job is started while the budget has room for what it should take; what it should take is a guess that the jobs before
-it have corrected. A job that outlives the budget is stopped after the group that it is at. Either way the report names
-what was left out, and is on disk after every group.
+Each job has a cap, in seconds. It starts while the budget has that much left, and stops after the group in which it
+reaches its cap or the deadline. The report names what was skipped, and is on disk after every group.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import datetime
+import functools
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,198 +21,201 @@ from pathlib import Path
 
 import torch
 
-from bench import generate, kernels, peers, roofline, train_step
+from bench import command, peers, roofline
+from bench.generate import Generate
+from bench.kernels import Kernels, proof_failure
 from bench.record import CONTROL, Report, Row, dtype_name
-from bench.timing import why
-from kernels import __main__ as kernels_command
+from bench.timing import error_line
+from bench.train_step import PROVIDERS, Train
+from kernels import _check
+from kernels._backend import device_problem
 from kernels._compile import compile_launch, launches, unique
 from kernels._launch import arch_of
 from kernels._registry import KernelSpec, all_specs
+from model.cli import UserError
+from model.files import write_atomic
 
-Clock = Callable[[], float]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-PROOF_SHARE = 0.35  # of the budget, at most, for the check: it is not the only thing that a borrowed GPU is for
+COMPILE_SHARE, PROOF_SHARE = 0.25, 0.35  # of the time left, at most: a borrowed GPU is for the measurements too
 
 
 @dataclass(frozen=True)
-class Job:
-    """A part of the work. name: as the report says it; seconds: a guess; run: yields rows, a list for each group."""
+class Gpu:
+    """Proof and measurements on this machine's GPU inside a budget, in one folder: what `make gpu` runs."""
 
-    name: str
-    seconds: float
-    run: Callable[[], Iterator[list[Row]]]
+    minutes: float = 8.0  # The budget; what it has no time for is named, the least important first.
+    out: Path | None = None  # Folder for report.{json,md,html} and check.json; runs/gpu-<date>-<time> by default.
+
+    def main(self) -> None:
+        command.require_positive(minutes=self.minutes)
+        device, budget = _device(), Budget(60 * self.minutes)
+        out = self.out or Path("runs") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        report = command.start_report(device, out / "report.json")
+        out.mkdir(parents=True, exist_ok=True)
+        result = run_all(device, report, out, budget)
+        command.write_pages([report], out)
+        print("\n".join(summary(report, result)))
+        print(f"reports in {out} after {budget.seconds - budget.left:.0f} s")
+        if result.failures:
+            sys.exit(1)
+
+
+def _device() -> torch.device:
+    none = "torch finds no CUDA device (see `python -m kernels`)"
+    if problem := device_problem("cuda", 0) if torch.cuda.is_available() else none:
+        raise UserError(f"make gpu needs an NVIDIA GPU of compute capability 8.0 or newer: {problem}")
+    return torch.device("cuda", 0)
 
 
 class Budget:
-    """Seconds that are left, and how much slower than the guesses this machine has been."""
+    """So many seconds from now."""
 
-    def __init__(self, minutes: float, clock: Clock = time.monotonic) -> None:
-        self.clock = clock
-        self.deadline = clock() + 60 * minutes
-        self._guessed = self._spent = 0.0
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.clock = seconds, clock
+        self.deadline = clock() + seconds
 
     @property
     def left(self) -> float:
         """Seconds to the deadline; negative after it."""
         return self.deadline - self.clock()
 
-    @property
-    def pace(self) -> float:
-        """Seconds spent for each second guessed, 30 s added to both so that no single small job decides."""
-        return (self._spent + 30) / (self._guessed + 30)
-
-    def learn(self, guessed: float, spent: float) -> None:
-        """What a job was guessed to take, and took."""
-        self._guessed += guessed
-        self._spent += spent
+    def part(self, seconds: float) -> Budget:
+        """A budget of its own, which ends with this one at the latest."""
+        return Budget(min(seconds, self.left), self.clock)
 
 
-def carry_out(jobs: list[Job], report: Report, path: Path, budget: Budget, say: Callable[[str], None]) -> None:
-    """Runs the jobs in order; the report grows and is written to `path` after each group of rows.
+@dataclass(frozen=True)
+class Job:
+    """A part of the work."""
 
-    A job that raises is named in report.dropped, as is one that there is no time for, and the others go on.
-    """
+    name: str
+    cap: float  # seconds that it may take
+    run: Callable[[], Iterator[list[Row]]]  # yields the rows of each group
+
+
+def run_jobs(jobs: list[Job], report: Report, path: Path, budget: Budget) -> None:
+    """Run the jobs in order, and write the report after each group. What fails or finds no time is in `dropped`."""
     for job in jobs:
-        if job.seconds * budget.pace > budget.left:
+        left = f"{max(budget.left, 0):.0f} s left"
+        if job.cap > budget.left:
             report.dropped.append(job.name)
-            say(f"dropped, {max(budget.left, 0):.0f} s left: {job.name}")
+            print(f"dropped, {left}: {job.name}", flush=True)
             continue
-        say(f"[{max(budget.left, 0):.0f} s left] {job.name}")
-        started = budget.clock()
+        print(f"[{left}] {job.name}", flush=True)
+        own = budget.part(job.cap)
         try:
             for rows in job.run():
                 report.rows += rows
                 report.write(path)
-                if budget.left < 0:
+                if own.left < 0:
                     report.dropped.append(f"{job.name}: from here on")
                     break
         except Exception as error:  # one broken part must not cost the rest of a borrowed hour
-            report.dropped.append(f"{job.name}: {why(error)}")
-            say(f"failed: {job.name}: {why(error)}")
-        budget.learn(job.seconds, budget.clock() - started)
+            report.dropped.append(f"{job.name}: {error_line(error)}")
+            print(f"failed: {job.name}: {error_line(error)}", flush=True)
     report.write(path)
 
 
 def _compile_case(name: str, dtype: torch.dtype, index: int, arch: int) -> int:
-    """Compiles what one case launches into Triton's cache on disk; what fails there will fail where it can be said."""
+    """Compile what one case launches into Triton's cache on disk -> how many kernels."""
     spec, done = all_specs()[name], 0
-    for launch in unique(launches(spec, [(spec.cases + spec.bench_cases)[index]], dtype, arch)):
-        try:
+    for launch in unique(launches(spec, [(spec.cases + spec.bench_cases)[index]], dtype, arch), arch):
+        with contextlib.suppress(Exception):  # it will be raised again where it can be reported
             compile_launch(launch, arch)
             done += 1
-        except Exception:
-            continue
     return done
 
 
-def compile_all(arch: int, dtypes: list[torch.dtype], budget: Budget, share: float = 0.25) -> tuple[int, int]:
-    """Fills Triton's cache on all cores, the shapes of the benchmarks first -> (cases done, cases in all).
-
-    The check compiles hundreds of kernels one after the other where it finds none. Stops after `share` of the budget.
-    """
+def compile_all(arch: int, dtypes: list[torch.dtype], budget: Budget) -> tuple[int, int]:
+    """Fill Triton's cache on all cores, the shapes of the benchmarks first, which the check would do one by one ->
+    (cases done within the budget, cases in all)."""
     jobs = [
         (name, dtype, index, arch)
         for dtype in dtypes
         for name, spec in all_specs().items()
         for index in reversed(range(len(spec.cases) + len(spec.bench_cases)))
     ]
-    end = budget.clock() + share * budget.left
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(16, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")
-    )
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=spawn)
     futures = [pool.submit(_compile_case, *job) for job in jobs]
-    done, _ = concurrent.futures.wait(futures, timeout=max(0.0, end - budget.clock()))
+    done, _ = concurrent.futures.wait(futures, timeout=max(0.0, budget.left))
     pool.shutdown(wait=False, cancel_futures=True)
     return len(done), len(jobs)
 
 
-def everything(
-    device: torch.device, report: Report, out: Path, budget: Budget, say: Callable[[str], None]
-) -> kernels_command.Verdict:
+def run_all(device: torch.device, report: Report, out: Path, budget: Budget) -> _check.CheckResult:
     """Proof, then measurements, into out/check.json and out/report.json."""
-    say("\n".join(kernels_command.describe()))
-    done, cases = compile_all(arch_of(device), DTYPES, budget)
-    say(f"compiled what {done} of {cases} cases launch; {budget.left:.0f} s left")
-    end = budget.clock() + PROOF_SHARE * budget.left
-    verdict = kernels_command.check(list(all_specs()), DTYPES, device, over=lambda: budget.clock() > end)
-    (out / "check.json").write_text(json.dumps(verdict.as_dict(), indent=1) + "\n")
-    shown = verdict.failures[:20]
-    say("\n".join([*verdict.table(), *(f"FAILED {line}" for line in shown), verdict.line()]))
-    report.method["check"] = verdict.line()
+    print("\n".join(_check.describe()))
+    done, cases = compile_all(arch_of(device), DTYPES, budget.part(COMPILE_SHARE * budget.left))
+    print(f"compiled what {done} of {cases} cases launch; {budget.left:.0f} s left", flush=True)
+    proof = budget.part(PROOF_SHARE * budget.left)
+    result = _check.check(list(all_specs()), DTYPES, device, out_of_time=lambda: proof.left < 0)
+    write_atomic(out / "check.json", json.dumps(result.as_dict(), indent=1) + "\n")
+    print("\n".join(result.report()), flush=True)
+    report.method["check"] = result.line()
     roofs = roofline.measure(device, DTYPES)
     report.method |= {"roofs": roofs.as_dict(), "peers": peers.NOTES}
-    carry_out(plan(device, verdict, roofs, report.missing), report, out / "report.json", budget, say)
-    return verdict
+    run_jobs(plan(device, result, roofs, report), report, out / "report.json", budget)
+    return result
 
 
-def plan(
-    device: torch.device, verdict: kernels_command.Verdict, roofs: roofline.Roofs, missing: dict[str, str]
-) -> list[Job]:
+def plan(device: torch.device, result: _check.CheckResult, roofs: roofline.Roofs, report: Report) -> list[Job]:
     """The measurements, the most telling first: what is dropped is dropped from the end."""
-    proven = {(row.kernel, row.case_dtype) for row in verdict.rows} - verdict.red
+    proven = {(row.kernel, row.case_dtype) for row in result.comparisons} - result.failed
 
     def gate(spec: KernelSpec, dtype: torch.dtype) -> str:
-        if (spec.name, dtype) in verdict.red:
+        if (spec.name, dtype) in result.failed:
             return "not timed: its proof failed (check.json)"
-        return "" if (spec.name, dtype) in proven else kernels.red(spec, dtype, device)
+        return "" if (spec.name, dtype) in proven else proof_failure(spec, dtype, device)
 
-    def kernel(name: str, dtype: torch.dtype, *, quick: bool) -> Job:
-        def run() -> Iterator[list[Row]]:
-            yield from kernels.run(
-                device, [dtype], [name], missing, roofs, seconds=0.15, quick=quick, gate=gate, skip_first=not quick
-            )
+    def kernel(name: str, dtype: torch.dtype, part: slice = slice(1)) -> Job:
+        timed, what = dtype_name(dtype), "other cases" if part.start else "first case"
+        measurement = Kernels(op=(name,), dtype=(timed,), seconds=0.15)  # type: ignore[arg-type]
+        run = functools.partial(measurement.run, device, report, roofs, part=part, gate=gate)
+        return Job(f"{name} {timed}, {what}", 30, run)
 
-        what = "first case" if quick else "other cases"
-        return Job(f"{name} {dtype_name(dtype)}, {what}", 20, run)
-
-    def train(batch: int, providers: list[str], guess: float) -> Job:
-        def run() -> Iterator[list[Row]]:
-            config = ("gpt2", [batch], 1024, torch.bfloat16)
-            yield from train_step.run(device, *config, missing, providers=providers, seconds=2.0)
-
-        return Job(f"training gpt2, batch {batch}: {', '.join(providers)}", guess, run)
+    def train(batch: int, cap: float, providers: tuple[str, ...]) -> Job:
+        step = Train(batch=(batch,), dtype="bfloat16", provider=providers, seconds=2.0)
+        name = f"training gpt2, batch {batch}: {', '.join(providers)}"
+        return Job(name, cap, functools.partial(step.groups, device, report))
 
     def write(batch: int) -> Job:
-        def run() -> Iterator[list[Row]]:
-            yield from generate.run(device, "gpt2", [batch], 512, 64, torch.bfloat16, missing, seconds=1.5)
-
-        return Job(f"generation gpt2, batch {batch}", 20, run)
+        texts = Generate(batch=(batch,), dtype="bfloat16", seconds=1.5)
+        return Job(f"generation gpt2, batch {batch}", 30, functools.partial(texts.groups, device, report))
 
     names = list(all_specs())
-    core = ["eager", "compile", "triton", "triton+graph", "trainer", "hf"]
-    everyone = [name for name in train_step.PROVIDERS if name != "nanogpt"]
+    core = ("eager", "compile", "triton", "triton+graph", "trainer", "hf")
+    everyone = tuple(name for name in PROVIDERS if name != "nanogpt")
     return [
-        train(64, core, 60),
-        *(kernel(name, torch.bfloat16, quick=True) for name in names),
+        train(64, 90, core),
+        *(kernel(name, torch.bfloat16) for name in names),
         write(1),
-        train(4, core, 40),
+        train(4, 60, core),
         *(write(batch) for batch in (64, 8)),
-        train(16, everyone, 80),
-        *(kernel(name, torch.bfloat16, quick=False) for name in names),
-        *(kernel(name, dtype, quick=True) for dtype in (torch.float16, torch.float32) for name in names),
-        train(32, core, 40),
+        train(16, 120, everyone),
+        *(kernel(name, torch.bfloat16, slice(1, None)) for name in names),
+        *(kernel(name, dtype) for dtype in (torch.float16, torch.float32) for name in names),
+        train(32, 60, core),
     ]
 
 
-def summary(report: Report, verdict: kernels_command.Verdict, most: int = 55) -> list[str]:
-    """What a reader of a terminal wants last: the verdict, ours beside the best of the others, what was left out."""
-    lines = [verdict.line(), ""]
+def summary(report: Report, result: _check.CheckResult, most: int = 55) -> list[str]:
+    """The end of the output: the result of the check, ours and the best of the others, and what was dropped."""
+    lines = [result.line(), ""]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in report.rows:
         if row.seconds and row.provider != CONTROL and row.clock != "graph":
             groups.setdefault((row.kind, row.group), []).append(row)
     for (kind, group), rows in groups.items():
         own = min((r for r in rows if r.provider.startswith("triton")), key=Row.ms, default=None)
-        others = min((r for r in rows if not r.provider.startswith(("triton", "+"))), key=Row.ms, default=None)
-        if own is None:
-            continue
-        line = f"{kind:<9}{group:<60} {own.provider:<13}{own.ms():9.3f} ms"
-        if others is not None:
-            line += f"  best other {others.provider} {others.ms():.3f} ms, {others.ms() / own.ms():.2f} x ours"
-        lines.append(line)
-    dropped = [f"left out: {name}" for name in report.dropped] + [
-        f"not here: {name}: {why_not}" for name, why_not in report.missing.items()
-    ]
+        best = min((r for r in rows if not r.provider.startswith(("triton", "+"))), key=Row.ms, default=None)
+        if own:
+            other = (
+                f"  best other {best.provider} {best.ms():.3f} ms, {best.ms() / own.ms():.2f} x ours" if best else ""
+            )
+            lines.append(f"{kind:<9}{group:<60} {own.provider:<13}{own.ms():9.3f} ms{other}")
+    missing = (f"not here: {name}: {reason}" for name, reason in report.missing.items())
+    dropped = [*(f"dropped: {name}" for name in report.dropped), *missing]
     room = most - len(lines)
     more = ["... and more in report.md"] if len(dropped) > room else []
     return [*lines[:most], "", *dropped[: max(0, room - len(more))], *more]

@@ -1,12 +1,13 @@
-"""Memory: what a call needs at its highest, and what a training step was predicted to need beside what it takes."""
+"""Memory: the peak of a call, and that of a training step, predicted and measured."""
 
 from __future__ import annotations
 
 import gc
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from bench.record import Row, dtype_name
-from bench.timing import why
+from bench import command
+from bench.record import Report, Row, dtype_name
+from bench.timing import error_line
 from kernels import use_backend
-from kernels._dispatch import device_problem
+from kernels._backend import device_problem
 from kernels._triton import INTERPRET
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT
-from model.training import memory as step_memory
 from model.training import optim
-from model.training.memory import Backend
+from model.training.memory import Backend, MemoryModel
 from model.training.parallel import World
 from model.training.step import Guard, Step
 
@@ -34,17 +35,17 @@ ON_CPU = 8 * GIB  # a step that needs more takes a CPU minutes
 
 
 def peak(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes of device memory that `call` needs at its highest, above what was allocated when it began.
+    """Peak bytes of device memory of `call`, above what was allocated when it began.
 
-    What torch's allocator hands out, its result included; not what a library takes beside it. What a first call sets up
-    once counts too: call once before. On a CPU the profiler must be free, and the release of a tensor that was there
-    before is not seen, so a call that drops old tensors before it makes new ones is given too high a number.
+    Counts what torch's allocator hands out, the result included, and not what a library allocates itself. What a first
+    call sets up once counts too: call once before. On a CPU the profiler must be free, and the release of a tensor that
+    existed before is not seen: of a call that drops old tensors before it makes new ones the peak is too high.
     """
     return levels(call, device)[0]
 
 
 def levels(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """`peak`, and what is left of it at the end: the result and what hangs on it, such as a loss's graph."""
+    """`peak`, and what is left at the end: the result and what it keeps alive, such as a loss's graph."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -62,7 +63,7 @@ def levels(call: Callable[[], object], device: torch.device) -> tuple[int, int]:
             live[address] = size
             now += size
             highest = max(highest, now)
-        else:  # counts for what this call took: of an address it knew before, the profiler can hold a wrong size
+        else:  # what this call allocated: the profiler can hold a wrong size of an address that it knew before
             now -= live.pop(address, 0)
     return highest, now
 
@@ -76,7 +77,7 @@ def _allocations(nodes: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
 
 
 def training_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Call:
-    """A step as all benchmarks take it: forward, backward, gradients clipped to norm 1, update -> the loss."""
+    """The step that all benchmarks take: forward, backward, gradients clipped to norm 1, update -> the loss."""
 
     def step() -> Tensor:
         value = loss()
@@ -102,9 +103,8 @@ def step_peak(
     ema: bool = False,
     recompute: bool = False,
 ) -> int:
-    """Bytes of a step of training at its highest, what lives before it included: parameters, their copies and average,
-    the optimizer's state, tokens.
-    """
+    """Peak bytes of a training step, what exists before it included: parameters, their copies and average, the
+    optimizer's state, tokens."""
     model = GPT(config, dtype).to(device)
     model.keep_working_weights()
     model.recompute = recompute
@@ -122,75 +122,76 @@ def step_peak(
         return sum(t.nbytes for t in held) + peak(lambda: step(idx, targets, step=2, lr=6e-4), device)
 
 
-def run(
-    device: torch.device,
-    preset: str,
-    batches: Sequence[int],
-    context: int,
-    dtype: torch.dtype,
-    missing: dict[str, str],
-) -> Iterator[list[Row]]:
-    """Rows of kind "memory", a list for each batch: a training step without dropout, eager and triton.
+@dataclass(frozen=True)
+class Memory(command.Measurement):
+    """What a training step needs, predicted and measured, and the largest batch that fits common cards."""
 
-    metrics, in MiB: the parts of step_memory.Memory, predicted_mib, and peak_mib of a step that was run: where the
-    backend can run and the prediction fits the free memory (and 8 GiB of a CPU's). missing: is told why triton has no
-    peak; its prediction is then for a GPU of 64 GiB or more.
-    """
-    config = _without_dropout(preset)
-    reason = (
-        "Triton's interpreter keeps tensors that a GPU gives back"
-        if INTERPRET
-        else device_problem(device.type, device.index)
-    )
-    if reason:
-        missing.setdefault("triton", f"predicted, not run: {reason}")
-    here = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    for batch in batches:
-        rows = []
-        for backend in BACKENDS:
-            runs = backend == "eager" or not reason
-            card: dict[str, Any] = {"card": here} if runs else {}
-            needs = step_memory.memory(config, batch, context, dtype, backend, **card)
-            metrics = {**parts(needs), "predicted_mib": needs.peak / MIB}
-            error = ""
-            if runs and needs.peak < _free(device):
-                try:
-                    metrics["peak_mib"] = step_peak(config, batch, context, dtype, backend, device) / MIB
-                except Exception as failure:  # out of memory, most likely: it is this row's result
-                    error = why(failure)
-            params = {"preset": preset, "batch": batch, "context": context, "dtype": dtype_name(dtype)}
-            rows.append(Row("memory", params, backend, metrics=metrics, error=error))
-        yield rows
+    preset: str = "gpt2"  # Model preset; without its dropout.
+    batch: tuple[int, ...] = (4, 16, 32, 64)  # Sequences per step.
+    context: int | None = None  # Tokens per sequence; the preset's own length by default.
+    dtype: command.Dtype = "bfloat16"  # Precision of the activations.
 
+    def check(self) -> None:
+        command.require_model(self.preset, self.batch, self.context)
 
-def parts(needs: step_memory.Memory) -> dict[str, float]:
-    """The parts of a prediction as metrics, in MiB; without those that such a step does not have."""
-    return {f"{name}_mib": size / MIB for name, size in vars(needs).items() if size}
+    def total(self, device: torch.device) -> int:
+        return len(self.batch)
 
+    def main(self) -> None:
+        super().main()
+        print(f"largest batch of {self.task()[1]} tokens that should fit:")
+        for gib, batches in self.fits():
+            print(f"  {gib:>3} GiB  " + "  ".join(f"{backend} {batch}" for backend, batch in batches.items()))
 
-def fits(
-    preset: str, context: int, dtype: torch.dtype, cards_gib: Sequence[int] = (6, 8, 12, 16, 24, 40, 80)
-) -> list[tuple[int, Mapping[str, int]]]:
-    """(GiB of a card, the largest batch of each backend that is predicted to fit it), dropout left out."""
-    config = _without_dropout(preset)
-    return [
-        (gib, {backend: step_memory.largest_batch(config, context, dtype, backend, gib * GIB) for backend in BACKENDS})
-        for gib in cards_gib
-    ]
+    def task(self) -> tuple[GPTConfig, int, torch.dtype]:
+        """The model, tokens per sequence, and dtype."""
+        config = replace(PRESETS[self.preset], embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
+        return config, self.context or config.n_positions, getattr(torch, self.dtype)
 
+    def groups(self, device: torch.device, report: Report) -> Iterator[list[Row]]:
+        """Yield rows of kind "memory", eager and triton, a list for each batch.
 
-def _without_dropout(preset: str) -> GPTConfig:
-    return replace(PRESETS[preset], embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
+        metrics, in MiB: the parts of a predicted Memory, predicted_mib, and, where the backend can run and the free
+        memory suffices, peak_mib. Without a peak, the prediction of triton is for a GPU of 64 GiB or more.
+        """
+        config, context, dtype = self.task()
+        interpreted = "Triton's interpreter keeps tensors that a GPU frees"
+        if reason := interpreted if INTERPRET else device_problem(device.type, device.index):
+            report.missing.setdefault("triton", f"predicted, not run: {reason}")
+        for batch in self.batch:
+            params = {"preset": self.preset, "batch": batch, "context": context, "dtype": dtype_name(dtype)}
+            rows = []
+            for backend in BACKENDS:
+                runs = backend == "eager" or not reason
+                card: dict[str, Any] = {"card": card_bytes(device)} if runs else {}
+                needs, error = MemoryModel(config, context, dtype, backend, **card).predict(batch), ""
+                metrics = {f"{name}_mib": size / MIB for name, size in vars(needs).items() if size}
+                metrics["predicted_mib"] = needs.peak / MIB
+                if runs and needs.peak < free_bytes(device):
+                    try:
+                        metrics["peak_mib"] = step_peak(config, batch, context, dtype, backend, device) / MIB
+                    except Exception as failure:  # out of memory, most likely: it is this row's result
+                        error = error_line(failure)
+                rows.append(Row("memory", params, backend, metrics=metrics, error=error))
+            yield rows
+
+    def fits(self, cards_gib: Sequence[int] = (6, 8, 12, 16, 24, 40, 80)) -> list[tuple[int, Mapping[str, int]]]:
+        """(GiB of a card, the largest batch of each backend that is predicted to fit it)."""
+        models = {backend: MemoryModel(*self.task(), backend) for backend in BACKENDS}
+        return [(gib, {name: m.largest_batch(gib * GIB) for name, m in models.items()}) for gib in cards_gib]
 
 
-def _free(device: torch.device) -> int:
-    """Bytes that a measurement may take."""
+def card_bytes(device: torch.device) -> int:
+    """The memory of a GPU; 0 for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free what no tensor uses, and return the bytes that a measurement may take; on a CPU at most ON_CPU."""
+    gc.collect()
     if device.type == "cuda":
-        gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        available = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-    except OSError:  # not Linux: what most machines have
-        return ON_CPU
+    meminfo = Path("/proc/meminfo").read_text() if sys.platform == "linux" else ""
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.M)
     return min(ON_CPU, int(available[1]) * 1024) if available else ON_CPU

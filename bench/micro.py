@@ -7,9 +7,8 @@ Small enough for every commit: each registered operator, a training step and a g
 import pytest
 import torch
 
-from bench.kernels import case_text, cases
+from bench.kernels import case_text, cases, make_call
 from bench.memory import training_step
-from kernels import _proof
 from kernels._registry import all_specs
 from model.config import PRESETS
 from model.generate import generate, prepare_for_decoding
@@ -25,7 +24,7 @@ SETTINGS = {"warmup": True, "warmup_iterations": 3, "max_time": 0.5, "min_rounds
 
 @pytest.fixture(autouse=True)
 def settings(benchmark):
-    """Kept beside the times."""
+    """Kept with the times."""
     benchmark.extra_info["torch"] = torch.__version__
 
 
@@ -44,18 +43,7 @@ def test_operator(benchmark, name, mode):
     spec = all_specs()[name]
     case = cases(spec, torch.device("cpu"))[0]  # small on a GPU too
     benchmark.group = f"{name} {case_text(case)} {mode}"
-    inputs = spec.inputs(case, torch.float32, DEVICE)
-    leaves = {k: inputs[k].detach().requires_grad_() for k in spec.grads}
-    incoming = list(_proof.incoming_gradients(spec, inputs, seed=0).values())
-
-    def forward() -> None:
-        with torch.no_grad():
-            spec.fn(**inputs)
-
-    def both() -> None:
-        torch.autograd.grad(spec.fn(**{**inputs, **leaves}), list(leaves.values()), incoming)
-
-    _time(benchmark, forward if mode == "forward" else both)
+    _time(benchmark, make_call(spec, spec.inputs(case, torch.float32, DEVICE), spec.fn, mode))
 
 
 @pytest.mark.benchmark(**SETTINGS)

@@ -1,10 +1,11 @@
-"""GPT-2 as others wrote it, with the weights of ours: what a comparison needs to be one of speed alone."""
+"""GPT-2 as others wrote it, with the weights of ours: then a comparison is one of speed alone."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,30 @@ from model.config import ACTIVATIONS, GPTConfig
 from model.gpt import GPT
 
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers keeps these as (in, out)
+_ON_GPU = ("+", "triton", "hf+liger", "hf_static")  # providers whose names begin so run on a GPU alone
 
 
-def absent(package: str) -> str | None:
-    """Why a package cannot be used, in words, or None."""
-    return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
+def available(
+    names: Iterable[str], device: torch.device, config: GPTConfig, missing: dict[str, str], nanogpt: Path | None = None
+) -> list[str]:
+    """The providers that can run this model here; `missing` gets the others, and why not."""
+    reasons = {name: _absent(name, device, config, nanogpt) for name in names}
+    missing.update({name: reason for name, reason in reasons.items() if reason})
+    return [name for name, reason in reasons.items() if not reason]
 
 
-def unlike_transformers(config: GPTConfig) -> str | None:
-    """Why transformers has no GPT-2 of this configuration, in words, or None."""
-    return absent("transformers") or (
-        None if config.bias else "transformers' GPT-2 has biases, and this model has none"
-    )
+def _absent(name: str, device: torch.device, config: GPTConfig, nanogpt: Path | None) -> str:
+    """Why a provider cannot run here, or ""."""
+    if name.startswith(_ON_GPU) and device.type != "cuda":
+        return "needs a CUDA device"
+    if name == "nanogpt":
+        return "" if nanogpt else "no folder of a nanoGPT checkout was given"
+    if not name.startswith("hf"):
+        return ""
+    for package in ("liger_kernel", "transformers") if name == "hf+liger" else ("transformers",):
+        if not importlib.util.find_spec(package):
+            return f"the package {package} is not installed"
+    return "" if config.bias else "transformers' GPT-2 has biases, and this model has none"
 
 
 def transformers_gpt2(model: GPT) -> nn.Module:
@@ -37,7 +50,7 @@ def transformers_gpt2(model: GPT) -> nn.Module:
     config = GPT2Config(**settings, bos_token_id=None, eos_token_id=None)
     config._attn_implementation = "sdpa"
     theirs: Any = GPT2LMHeadModel(config)
-    theirs.loss_type = "ForCausalLM"  # what it falls back to, with a remark
+    theirs.loss_type = "ForCausalLM"  # its default too, but then with a warning
     state = {name: t.T if name.endswith(_CONV1D) else t for name, t in model.state_dict().items()}
     theirs.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
     return theirs.to(model.transformer.wte.weight)
@@ -49,7 +62,7 @@ def transformers_loss(theirs: Any, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 def give_liger_norms(theirs: nn.Module) -> None:
-    """Replaces every nn.LayerNorm by Liger's, with the same parameters."""
+    """Replace every nn.LayerNorm by Liger's, with the same parameters."""
     from liger_kernel.transformers.layer_norm import LigerLayerNorm
 
     for parent in [*theirs.modules()]:
@@ -94,8 +107,3 @@ def nanogpt(model: GPT, folder: Path) -> nn.Module:
 def nanogpt_loss(theirs: Any, idx: Tensor, targets: Tensor) -> Tensor:
     """(B, T), (B, T) -> ()."""
     return theirs(idx, targets)[1]
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The precision recipe of the others' users: float32 weights, 16-bit products; nothing in float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -1,16 +1,17 @@
-"""Who else computes an operator: PyTorch, and packages that people install for it.
+"""The other implementations of an operator: PyTorch, and packages that people install for it.
 
     eager, compile      PyTorch's operators through our functions; the same under torch.compile
     sdpa_*, sdpa, flex  PyTorch's attention by a backend of choice
     liger, cce, fla     Liger-Kernel 0.8, Cut Cross-Entropy 25.1, Flash Linear Attention 0.5, where they are installed
 
-A peer takes the keyword arguments of the operator and gives what it gives, from tensors as a model has them: attention
-goes from the packed projection to (B, T, C). Each is called as its own documentation calls it, with its defaults.
+A peer takes the operator's keyword arguments and returns what it returns, from tensors as a model has them: attention
+goes from the packed projection to (B, T, C). Each is called as its documentation calls it, with its defaults.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.timing import why
+from bench.timing import error_line
 from kernels import _proof, use_backend
-from kernels._dispatch import Backend, device_problem
+from kernels._backend import Backend, device_problem
 from kernels._registry import KernelSpec
 from kernels._triton import INTERPRET
 
@@ -37,7 +38,7 @@ NOTES = {
     "losses": "triton, liger and fla compute gradients of linear_cross_entropy in the forward pass, and so does liger "
     "those of cross_entropy: the backward pass only scales them, so that only both together compare",
 }
-# peers that write into their arguments: each needs a copy of its own
+# peers that write into their arguments: they get copies
 OVERWRITES = {("cross_entropy", "liger")}
 # ||got - truth|| / ||truth|| of every output and gradient; truth: eager in float32. The half dtypes' own rounding, sums
 # in them and float16's smallest gradients stay below it, and TF32 in float32; another function does not.
@@ -61,9 +62,6 @@ def _under(backend: Backend, fn: Function) -> Function:
             return fn(**inputs)
 
     return call
-
-
-# --- PyTorch ---------------------------------------------------------------------------------------------------------
 
 
 def _heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
@@ -96,133 +94,101 @@ def _flex() -> Function:
     return call
 
 
-def _decode_sdpa() -> Function:
+def _decode_sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """The whole cache under a mask of the lengths; unlike our eager path it trusts what lies past them."""
-
-    def call(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-        seen = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]  # (B, S)
-        return F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, attn_mask=seen[:, None, None])[:, :, 0]
-
-    return call
+    valid = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]  # (B, S)
+    return F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, attn_mask=valid[:, None, None])[:, :, 0]
 
 
-def _decode_sdpa_full() -> Function:
-    """No mask: right where every cache is full, and refused as something else where one is not."""
-
-    def call(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache)[:, :, 0]
-
-    return call
+def _decode_sdpa_full(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
+    """No mask: right where every cache is full, and refused as another function where one is not."""
+    return F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache)[:, :, 0]
 
 
-# --- packages --------------------------------------------------------------------------------------------------------
+def _package(module: str, name: str, call: Callable[..., Any]) -> Callable[[], Function]:
+    """A maker that imports a function, or makes an object of a class, and passes it to `call` with the inputs."""
+
+    def make() -> Function:
+        imported = getattr(importlib.import_module(module), name)
+        return functools.partial(call, imported() if isinstance(imported, type) else imported)
+
+    return make
 
 
-def _liger_layer_norm() -> Function:
-    from liger_kernel.transformers.functional import liger_layer_norm
-
-    return lambda x, weight, bias: liger_layer_norm(x, weight, bias, 1e-5)
+def _liger(op: str, name: str, call: Callable[..., Any]) -> Peer:
+    return Peer(op, "liger", "liger-kernel", True, _package("liger_kernel.transformers.functional", name, call))
 
 
-def _liger_cross_entropy() -> Function:
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    return lambda logits, targets: liger_cross_entropy(logits, targets)
-
-
-def _liger_linear_cross_entropy() -> Function:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return lambda x, weight, targets: liger_fused_linear_cross_entropy(x, weight, targets)
+def _cce(provider: str, **options: Any) -> Peer:
+    call = lambda f, x, weight, targets: f(x, weight, targets, impl="cce", **options)  # noqa: E731
+    make = _package("cut_cross_entropy", "linear_cross_entropy", call)
+    return Peer("linear_cross_entropy", provider, "cut-cross-entropy", True, make)
 
 
-def _cce(**options: Any) -> Function:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return lambda x, weight, targets: linear_cross_entropy(x, weight, targets, impl="cce", **options)
+def _fla(op: str, module: str, name: str, call: Callable[..., Any]) -> Peer:
+    return Peer(op, "fla", "fla-core", True, _package(f"fla.{module}", name, call))
 
 
-def _fla_attention() -> Function:
-    from fla.ops.attn import parallel_attn
-
-    def call(qkv: Tensor, n_head: int) -> Tensor:
-        return parallel_attn(*qkv.unflatten(-1, (3, n_head, -1)).unbind(2)).flatten(2)  # from (B, T, H, D) each
-
-    return call
+def _torch(op: str, provider: str, make: Callable[[], Function], *, cuda: bool = False) -> Peer:
+    return Peer(op, provider, "torch", cuda, make)
 
 
-def _fla_layer_norm() -> Function:
-    from fla.modules.layernorm import layer_norm
-
-    return lambda x, weight, bias: layer_norm(x, weight, bias)
+def _fla_attention(f: Function, qkv: Tensor, n_head: int) -> Tensor:
+    return f(*qkv.unflatten(-1, (3, n_head, -1)).unbind(2)).flatten(2)  # from (B, T, H, D) each
 
 
-def _fla_add_layer_norm() -> Function:
-    from fla.modules.layernorm import layer_norm
-
-    return lambda x, residual, weight, bias: layer_norm(x, weight, bias, residual=residual, prenorm=True)
-
-
-def _fla_cross_entropy() -> Function:
-    from fla.modules import FusedCrossEntropyLoss
-
-    loss = FusedCrossEntropyLoss()
-    return lambda logits, targets: loss(logits, targets)
-
-
-def _fla_linear_cross_entropy() -> Function:
-    from fla.modules import FusedLinearCrossEntropyLoss
-
-    loss = FusedLinearCrossEntropyLoss()
-    return lambda x, weight, targets: loss(x, targets, weight)
+def _fla_add_norm(f: Function, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    return f(x, weight, bias, residual=residual, prenorm=True)
 
 
 PEERS = (
-    Peer("causal_attention", "sdpa_flash", "torch", False, lambda: _sdpa(SDPBackend.FLASH_ATTENTION)),
-    Peer("causal_attention", "sdpa_cudnn", "torch", True, lambda: _sdpa(SDPBackend.CUDNN_ATTENTION)),
-    Peer("causal_attention", "sdpa_efficient", "torch", True, lambda: _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
-    Peer("causal_attention", "sdpa_math", "torch", False, lambda: _sdpa(SDPBackend.MATH)),
-    Peer("causal_attention", "flex", "torch", False, _flex),
-    Peer("causal_attention", "fla", "fla-core", True, _fla_attention),
-    Peer("decode_attention", "sdpa", "torch", False, _decode_sdpa),
-    Peer("decode_attention", "sdpa_full", "torch", False, _decode_sdpa_full),
-    Peer("layer_norm", "liger", "liger-kernel", True, _liger_layer_norm),
-    Peer("layer_norm", "fla", "fla-core", True, _fla_layer_norm),
-    Peer("add_layer_norm", "fla", "fla-core", True, _fla_add_layer_norm),
-    Peer("cross_entropy", "liger", "liger-kernel", True, _liger_cross_entropy),
-    Peer("cross_entropy", "fla", "fla-core", True, _fla_cross_entropy),
-    Peer("linear_cross_entropy", "liger", "liger-kernel", True, _liger_linear_cross_entropy),
-    Peer("linear_cross_entropy", "cce", "cut-cross-entropy", True, _cce),
-    Peer("linear_cross_entropy", "cce_exact", "cut-cross-entropy", True, lambda: _cce(filter_eps=None)),
-    Peer("linear_cross_entropy", "fla", "fla-core", True, _fla_linear_cross_entropy),
-)
+    _torch("causal_attention", "sdpa_flash", lambda: _sdpa(SDPBackend.FLASH_ATTENTION)),
+    _torch("causal_attention", "sdpa_cudnn", lambda: _sdpa(SDPBackend.CUDNN_ATTENTION), cuda=True),
+    _torch("causal_attention", "sdpa_efficient", lambda: _sdpa(SDPBackend.EFFICIENT_ATTENTION), cuda=True),
+    _torch("causal_attention", "sdpa_math", lambda: _sdpa(SDPBackend.MATH)),
+    _torch("causal_attention", "flex", _flex),
+    _fla("causal_attention", "ops.attn", "parallel_attn", _fla_attention),
+    _torch("decode_attention", "sdpa", lambda: _decode_sdpa),
+    _torch("decode_attention", "sdpa_full", lambda: _decode_sdpa_full),
+    _liger("layer_norm", "liger_layer_norm", lambda f, x, weight, bias: f(x, weight, bias, 1e-5)),
+    _fla("layer_norm", "modules.layernorm", "layer_norm", lambda f, x, weight, bias: f(x, weight, bias)),
+    _fla("add_layer_norm", "modules.layernorm", "layer_norm", _fla_add_norm),
+    _liger("cross_entropy", "liger_cross_entropy", lambda f, logits, targets: f(logits, targets)),
+    _fla("cross_entropy", "modules", "FusedCrossEntropyLoss", lambda f, logits, targets: f(logits, targets)),
+    _liger(
+        "linear_cross_entropy", "liger_fused_linear_cross_entropy",
+        lambda f, x, weight, targets: f(x, weight, targets),
+    ),
+    _cce("cce"),
+    _cce("cce_exact", filter_eps=None),
+    _fla(
+        "linear_cross_entropy", "modules", "FusedLinearCrossEntropyLoss",
+        lambda f, x, weight, targets: f(x, targets, weight),
+    ),
+)  # fmt: skip
 
 
 def known_providers(op: str | None = None) -> list[str]:
-    """Names of all who may compute an operator, or any operator: known without an import."""
+    """Names of all providers of an operator, or of any operator: known without an import."""
     return list(dict.fromkeys([*OURS, *(peer.provider for peer in PEERS if op in (None, peer.op))]))
 
 
 def providers(
-    spec: KernelSpec, device: torch.device, missing: dict[str, str], keep: Collection[str] | None = None
+    spec: KernelSpec, device: torch.device, missing: dict[str, str], keep: Collection[str] = ()
 ) -> dict[str, Function]:
-    """Those who can compute an operator here, by name; into `missing` goes why others cannot. keep: look at these only.
-
-    "eager" of decode_attention cleans the whole cache on a GPU before it attends to it: it may not look at the lengths
-    there, and what lies past them may be NaN. "sdpa" is without that work.
-    """
-    found: dict[str, Function] = {}
-    wanted = [name for name in known_providers(spec.name) if keep is None or name in keep]
+    """The functions that compute an operator here, by provider, of `keep` or of all; `missing` gets the others, and why
+    not."""
+    functions: dict[str, Function] = {}
+    wanted = [name for name in known_providers(spec.name) if not keep or name in keep]
     if "triton" in wanted:
-        problem = "its kernels would be interpreted" if INTERPRET else device_problem(device.type, device.index)
-        if problem:
+        if problem := "its kernels would be interpreted" if INTERPRET else device_problem(device.type, device.index):
             missing.setdefault("triton", problem)
         else:
-            found["triton"] = _under("triton", spec.fn)
+            functions["triton"] = _under("triton", spec.fn)
     if "eager" in wanted:
-        found["eager"] = _under("eager", spec.fn)
+        functions["eager"] = _under("eager", spec.fn)
     if "compile" in wanted:
-        found["compile"] = _under("eager", torch.compile(spec.fn, dynamic=False))
+        functions["compile"] = _under("eager", torch.compile(spec.fn, dynamic=False))
     for peer in PEERS:
         if peer.op != spec.name or peer.provider not in wanted:
             continue
@@ -230,19 +196,17 @@ def providers(
             missing.setdefault(peer.provider, "needs a CUDA device")
             continue
         try:
-            found[peer.provider] = peer.make()
+            functions[peer.provider] = peer.make()
         except Exception as error:  # a package can fail to import in any way
-            missing.setdefault(peer.provider, f"needs {peer.package} (pip install {peer.package}): {why(error)}")
-    return found
+            reason = f"needs {peer.package} (pip install {peer.package}): {error_line(error)}"
+            missing.setdefault(peer.provider, reason)
+    return functions
 
 
 def disagreement(
     spec: KernelSpec, fn: Function, inputs: Mapping[str, Any], incoming: Tensors | None, truth: Tensors
 ) -> str:
-    """Why a function is not the operator, in words, or "". incoming: as in _proof.evaluate, None for no gradients.
-
-    truth: outputs and gradients of eager in float32. The dtype of the inputs chooses the bound.
-    """
+    """Why a function is not the operator, or "". incoming: as in _proof.evaluate; truth: of eager in float32."""
     copies = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
     bound = BOUNDS[next(x.dtype for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point())]
     for name, got in _proof.evaluate(spec, copies, incoming, "eager", fn).items():

@@ -1,21 +1,21 @@
-"""Reports: what was measured, where, when and how, one JSON file a run.
+"""Reports: what was measured, where, when and how, one JSON file per run.
 
-A report is a file of pytest-benchmark with more in it, so `pytest-benchmark compare` reads ours and `bench compare`
-reads theirs. Schema 2:
+A report is a pytest-benchmark file with more in it: `pytest-benchmark compare` reads ours and `bench compare` theirs.
+Schema 2:
 
     schema        2
     datetime      UTC, ISO 8601            version       pytest-benchmark's format that `benchmarks` follows
     machine_info  device, versions, threads; on a GPU also compute capability, memory, driver
     commit_info   id, dirty                of the checkout that ran
-    method        how the times were taken, in words; roofs: {"copy": {bytes: seconds}, "flops": {dtype: FLOP/s}}
-    missing       provider -> why none of its rows is here
-    dropped       what a budget left out, in the order in which it was to run
-    benchmarks    a row each: group, name, fullname, params, extra_info, and
-                  stats: data (seconds, a sample each, in the order taken), median, q1, q3, iqr, min, max, ...
+    method        how the times were taken; roofs: {"copy": {bytes: seconds}, "flops": {dtype: FLOP/s}}
+    missing       provider -> why it could not run
+    dropped       what a budget had no time for, in the planned order
+    benchmarks    one entry per row: group, name, fullname, params, extra_info, and
+                  stats: data (seconds, one per sample, in the order taken), median, q1, q3, iqr, min, max, ...
     untimed       rows without a time: kind, params, provider, clock, metrics, and error, why there is none
 
-Rows of one group were timed in turn: sample i of each belongs to round i. The provider "control" is no competitor: it
-is the same copy and product in every group of every report of a device, and tells how fast the machine was just then.
+The rows of a group were timed in turn: sample i of each belongs to round i. The provider "control" is no competitor: it
+is the same copy and product in every group of every report of a device, and shows how fast the machine was.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Iterable
@@ -31,61 +32,62 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kernels._triton import HAS_TRITON, triton
 from model.cli import UserError
+from model.files import write_atomic
 
 SCHEMA = 2
 CONTROL = "control"
+# The providers of a training step that build on each other, from PyTorch's plain operators to everything on.
+LADDER = ("plain", "eager", "compile", "+attention", "+layer_norm", "+gelu", "triton", "triton+graph", "trainer")
 _PYTEST_BENCHMARK = "5.1.0"
+_UNTIMED = ("kind", "params", "provider", "clock", "metrics", "error")
+
+
+def params_text(params: dict[str, Any], *omit: str) -> str:
+    """Parameters on one line: ``layer_norm M=1024 N=768 float32 forward``."""
+    return " ".join(v if isinstance(v, str) else f"{k}={v}" for k, v in params.items() if k not in omit)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One provider on one thing that was measured.
+    """One provider on one thing that was measured. metrics: numbers derived or measured with the time, named with their
+    unit: gb_per_s, floor (what the measured roofs allow, over the median), host_ms, peak_mib, tokens_per_s, mfu, ..."""
 
-    kind: "kernels", "train", "generate", "memory" or "micro".
-    params: what was measured, in the order in which it is read: op, case, dtype, mode; or preset, batch, context, ...
-    clock: what `seconds` are: "events" (CUDA events around a call: device time and what the host fails to hide),
-        "graph" (the call replayed inside a CUDA graph: device time alone), "wall" (CPU); "" without times.
-    seconds: one sample each, of one call, in the order taken.
-    metrics: numbers derived or measured beside the time, named with their unit: gb_per_s, tflop_per_s, floor (fraction
-        of the time that the measured roofs allow), host_ms, peak_mib, tokens_per_s, mfu, ...
-    error: why there is no time, in a line.
-    """
-
-    kind: str
-    params: dict[str, Any]
+    kind: str  # "kernels", "train", "generate", "memory"; "micro": of a pytest-benchmark file
+    params: dict[str, Any]  # in reading order: op, case, dtype, mode; or preset, batch, context, ...
     provider: str
-    clock: str = ""
-    seconds: tuple[float, ...] = ()
+    clock: str = ""  # of timing.py; "" without times
+    seconds: tuple[float, ...] = ()  # one sample per call, in the order taken
     metrics: dict[str, float] = field(default_factory=dict)
-    error: str = ""
+    error: str = ""  # why there is no time, in one line
 
     @property
     def group(self) -> str:
         """What its competitors share: ``layer_norm M=1024 N=768 float32 forward``, with the clock where it is timed."""
-        words = [str(v) if isinstance(v, str) else f"{k}={v}" for k, v in self.params.items()]
-        return " ".join([*words, *([self.clock] if self.clock else [])])
+        return f"{params_text(self.params)} {self.clock}".rstrip()
 
     @property
     def key(self) -> tuple[str, str, str]:
         """The same measurement in another report has the same key."""
         return self.kind, self.group, self.provider
 
-    def ms(self, percentile: int = 50) -> float:
-        """A percentile of the samples in milliseconds: 20, 50 or 80."""
-        if len(self.seconds) == 1:
-            return self.seconds[0] * 1e3
-        if percentile == 50:
-            return statistics.median(self.seconds) * 1e3
-        return statistics.quantiles(self.seconds, n=10, method="inclusive")[percentile // 10 - 1] * 1e3
+    def covers(self, params: dict[str, Any], clock: str) -> bool:
+        """Whether this row's error is that of another: it stands for all the modes and clocks that it does not name."""
+        named = {name: value for name, value in self.params.items() if value != ""}
+        return self.clock in ("", clock) and named.items() <= params.items()
+
+    def ms(self, percentile: float = 50) -> float:
+        """A percentile of the samples, in milliseconds."""
+        return float(np.percentile(self.seconds, percentile)) * 1e3
 
 
 @dataclass
 class Report:
-    """The rows of one run and where they come from; `write` after every group, so that a kill loses nothing."""
+    """The rows of one run and where they come from. `write` it after every group: a kill then loses nothing."""
 
     machine: dict[str, Any]
     commit: dict[str, Any]
@@ -104,88 +106,76 @@ class Report:
     @property
     def device(self) -> str:
         """What must be equal for two reports to be compared."""
-        return (
-            f"{self.machine['device']}, {self.machine.get('threads')} threads"
-            if self.on_cpu
-            else self.machine["device"]
-        )
+        name = self.machine["device"]
+        return f"{name}, {self.machine.get('threads')} threads" if self.on_cpu else name
 
     @property
     def on_cpu(self) -> bool:
         return "compute_capability" not in self.machine
 
     def write(self, path: Path) -> None:
-        """Writes the report; under a temporary name first, so that a kill leaves the one before."""
+        """Write the report atomically, one line per entry: readable, and with short diffs."""
         path.parent.mkdir(parents=True, exist_ok=True)
         head = {
             "schema": SCHEMA, "datetime": self.datetime, "version": _PYTEST_BENCHMARK, "machine_info": self.machine,
             "commit_info": self.commit, "method": self.method, "missing": self.missing, "dropped": self.dropped,
         }  # fmt: skip
+        text = json.dumps(head, indent=1).removesuffix("\n}")
         timed = [_entry(row) for row in self.rows if row.seconds]
-        untimed = [
-            {name: getattr(row, name) for name in ("kind", "params", "provider", "clock", "metrics", "error")}
-            for row in self.rows
-            if not row.seconds
-        ]
-        lists = {"benchmarks": timed, "untimed": untimed}
-        body = "".join(f',\n "{name}": [{_lines(entries)}]' for name, entries in lists.items())
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(head, indent=1).removesuffix("\n}") + body + "\n}\n")
-        temporary.replace(path)
+        untimed = [{name: getattr(row, name) for name in _UNTIMED} for row in self.rows if not row.seconds]
+        for name, entries in (("benchmarks", timed), ("untimed", untimed)):
+            lines = ",\n".join(map(json.dumps, entries))
+            text += f',\n "{name}": [' + (f"\n{lines}\n]" if lines else "]")
+        write_atomic(path, text + "\n}\n")
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """A report, or a file of pytest-benchmark as rows of kind "micro". UserError in words for anything else."""
+        """Read a report, or a pytest-benchmark file as rows of kind "micro". UserError for anything else."""
         try:
-            data = json.loads(path.read_text())
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not a report: it is no text file") from None
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path} is not a whole report: {error.msg} in line {error.lineno}\n"
-                f"it was cut off or edited: measure again, or take another copy"
-            ) from None
-        if not isinstance(data, dict) or "benchmarks" not in data:
-            raise UserError(
-                f"{path} is not a report: it has no benchmarks (write one with `python -m bench ... --out`)"
-            )
-        if data.get("schema", SCHEMA) != SCHEMA:
-            raise UserError(
-                f"{path} has report schema {data['schema']}, and this version reads {SCHEMA}\n"
-                f"read it with the version that wrote it (commit {data.get('commit_info', {}).get('id', 'unknown')})"
-            )
-        try:
-            return cls._from(data)
-        except (KeyError, TypeError, AttributeError) as error:
+            data = json.loads(path.read_bytes())
+            if "schema" not in data:
+                return cls._from_pytest_benchmark(data)
+            if data["schema"] != SCHEMA:
+                raise UserError(f"{path} has report schema {data['schema']}, and this version reads {SCHEMA}")
+            rows = [_row(entry) for entry in data["benchmarks"]]
+            rows += [Row(**{name: entry[name] for name in _UNTIMED}) for entry in data["untimed"]]
+            more = {name: data[name] for name in ("datetime", "method", "missing", "dropped")}
+            return cls(data["machine_info"], data["commit_info"], rows=rows, **more)
+        except ValueError as error:
+            raise UserError(f"{path} is not a whole report: {error}\nmeasure again, or take another copy") from None
+        except (KeyError, TypeError) as error:
             raise UserError(f"{path} is not a report of schema {SCHEMA}: something is wrong at {error}") from None
 
     @classmethod
-    def _from(cls, data: dict[str, Any]) -> Report:
-        ours = "schema" in data
-        rows = [_row(entry) if ours else _foreign_row(entry) for entry in data["benchmarks"]]
-        for e in data.get("untimed", []):
-            rows.append(Row(e["kind"], e["params"], e["provider"], e["clock"], (), e["metrics"], e["error"]))
-        machine = data["machine_info"] if ours else _foreign_machine(data["machine_info"])
-        return cls(
-            machine, data.get("commit_info") or {}, data["datetime"], data.get("method", {}), data.get("missing", {}),
-            data.get("dropped", []), rows,
-        )  # fmt: skip
+    def _from_pytest_benchmark(cls, data: dict[str, Any]) -> Report:
+        """An entry that kept no samples gives its five-number summary instead."""
+        rows, machine = [], data["machine_info"]
+        for entry in data["benchmarks"]:
+            samples = entry["stats"].get("data") or [entry["stats"][k] for k in ("min", "q1", "median", "q3", "max")]
+            rows.append(Row("micro", {"test": entry["fullname"]}, "ours", "wall", tuple(samples)))
+        device = machine.get("cpu", {}).get("brand_raw") or machine.get("node", "unknown")
+        return cls({"device": device, **machine}, data.get("commit_info") or {}, data["datetime"], rows=rows)
 
 
-def _lines(entries: Iterable[dict[str, Any]]) -> str:
-    """An entry a line: a report stays readable and its diffs short."""
-    text = ",\n".join(json.dumps(entry) for entry in entries)
-    return f"\n{text}\n" if text else ""
+def read_reports(paths: Iterable[Path]) -> dict[Path, Report]:
+    """Reports by file, from files and from folders that hold some. UserError for a folder without any."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(p for p in path.rglob("*.json") if p.name != "check.json") if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"there is no report in {path}: write one with `python -m bench kernels --out FILE`")
+        files += inside
+    return {file: Report.read(file) for file in files}
 
 
 def _entry(row: Row) -> dict[str, Any]:
     data = [float(f"{s:.5g}") for s in row.seconds]
-    q1, median, q3 = statistics.quantiles(data, n=4, method="inclusive") if len(data) > 1 else data * 3
+    low, q1, median, q3, high = np.percentile(data, [0, 25, 50, 75, 100]).tolist()
     mean, stddev, iqr = statistics.mean(data), statistics.stdev(data) if len(data) > 1 else 0.0, q3 - q1
     near = [s for s in data if q1 - 1.5 * iqr <= s <= q3 + 1.5 * iqr]
     far, wide = len(data) - len(near), sum(abs(s - mean) > stddev for s in data)
     stats = {
-        "min": min(data), "max": max(data), "mean": mean, "stddev": stddev, "rounds": len(data), "median": median,
+        "min": low, "max": high, "mean": mean, "stddev": stddev, "rounds": len(data), "median": median,
         "iqr": iqr, "q1": q1, "q3": q3, "iqr_outliers": far, "stddev_outliers": wide, "outliers": f"{wide};{far}",
         "ld15iqr": min(near), "hd15iqr": max(near), "ops": 1 / mean, "total": sum(data), "data": data, "iterations": 1,
     }  # fmt: skip
@@ -202,33 +192,20 @@ def _row(entry: dict[str, Any]) -> Row:
     return Row(extra["kind"], entry["params"], extra["provider"], extra["clock"], seconds, extra["metrics"])
 
 
-def _foreign_row(entry: dict[str, Any]) -> Row:
-    """A benchmark of a pytest-benchmark file; one that kept no samples gives its five-number summary instead."""
-    stats = entry["stats"]
-    seconds = stats.get("data") or [stats[k] for k in ("min", "q1", "median", "q3", "max")]
-    return Row("micro", {"test": entry["fullname"]}, "ours", "wall", tuple(seconds))
-
-
-def _foreign_machine(info: dict[str, Any]) -> dict[str, Any]:
-    return {**info, "device": info.get("device") or info.get("cpu", {}).get("brand_raw") or info.get("node", "unknown")}
-
-
 def dtype_name(dtype: torch.dtype) -> str:
-    """As parameters of a row have it: float32."""
+    """A dtype as the parameters of a row name it: float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:
-    """Where and with what a report is made."""
+    """The device, its system and the versions of what runs on it."""
+    cuda = device.type == "cuda"
     facts: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python_version": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__ if HAS_TRITON else None,
-    }
-    if device.type == "cuda":
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(), "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}", "python_version": platform.python_version(),
+        "torch": torch.__version__, "triton": triton.__version__ if HAS_TRITON else None,
+    }  # fmt: skip
+    if cuda:
         p = torch.cuda.get_device_properties(device)
         facts |= {
             "compute_capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
@@ -247,38 +224,31 @@ def _cpu_name() -> str:
 
 
 def commit_info() -> dict[str, Any]:
-    """The commit of the checkout that this package lies in, and whether it was changed; None outside one."""
-    commit = _say("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
+    """The commit of the checkout that this package lies in, and whether it has changes; None outside a checkout."""
+    commit = _output("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
     return {"id": commit.rstrip("+") or None, "dirty": commit.endswith("+")}
 
 
-def _say(*command: str) -> str:
-    """What a command prints; "" where it cannot run."""
-    root = Path(__file__).resolve().parent.parent
+def _output(*command: str) -> str:
+    """The output of a command; "" where it cannot run."""
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        root = Path(__file__).parent
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _nvidia_smi(device: torch.device, query: str) -> str:
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # its own numbers are not always torch's
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # nvidia-smi may number devices differently
     chosen = f"--id=GPU-{uuid}" if uuid else f"--id={device.index or 0}"
-    return _say("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", chosen)
+    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", chosen)
 
 
 def machine_state(device: torch.device) -> dict[str, float]:
-    """What the machine is doing just now: clocks, power and temperature of a GPU, the load of a CPU."""
+    """The state of the machine now: clocks, power and temperature of a GPU, the load of a CPU."""
     if device.type == "cpu":
         return {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
-    query = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    text = _nvidia_smi(device, query)
     names = ("sm_mhz", "memory_mhz", "watts", "celsius")
-    state = {}
-    for name, value in zip(names, text.split(","), strict=False):
-        try:
-            state[name] = float(value)
-        except ValueError:  # "[N/A]" where a card does not tell
-            continue
-    return state
+    values = _nvidia_smi(device, "clocks.sm,clocks.mem,power.draw,temperature.gpu").split(",")
+    pairs = zip(names, values, strict=False)
+    return {name: float(v) for name, v in pairs if re.fullmatch(r"\s*[\d.]+", v)}  # "[N/A]" where a card does not say

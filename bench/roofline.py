@@ -1,4 +1,4 @@
-"""What the device in hand can do: the roofs under which an operator is judged, measured and not read off a data sheet.
+"""What the device can do: the roofs by which an operator is judged, measured and not read off a data sheet.
 
     copy      seconds to move a number of bytes, half of them read and half written, by one copy
     product   floating-point operations per second of one square matrix product, by dtype
@@ -7,13 +7,13 @@ No call that moves b bytes and computes f operations of products is expected to 
 
     floor(b, f) = max(copy(b), f / product)
 
-The copy is looked up by size because it is no straight line: a small one costs its launch, a middle one stays in a
-cache of a CPU. (Williams, Waterman, Patterson 2009, "Roofline".) Random numbers throughout: zeros draw less power, and
-a GPU is faster on them.
+(Williams, Waterman, Patterson 2009, "Roofline".) The copy is looked up by size: a small one costs its launch, a middle
+one stays in a cache of a CPU. The operands are random numbers: a GPU draws less power and is faster on zeros.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,23 +31,13 @@ _LONGEST = 0.2  # seconds that a product may take: float16 is a hundred times sl
 
 @dataclass(frozen=True)
 class Roofs:
-    """copy: bytes moved -> seconds. flops: name of a dtype -> FLOP/s. float32: how float32 products are computed,
-    torch.get_float32_matmul_precision(): "highest" in float32 itself, "high" and "medium" on a GPU in TF32.
-    """
-
-    copy: dict[int, float]
-    flops: dict[str, float]
-    float32: str = "highest"
+    copy: dict[int, float]  # bytes moved -> seconds
+    flops: dict[str, float]  # name of a dtype -> FLOP/s
+    float32: str = "highest"  # torch.get_float32_matmul_precision() of the float32 products
 
     def as_dict(self) -> dict[str, Any]:
-        """As a report keeps it."""
+        """The roofs as the method of a report keeps them."""
         return {"copy": {str(size): s for size, s in self.copy.items()}, "flops": self.flops, "float32": self.float32}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Roofs:
-        """What `as_dict` gave, after JSON too."""
-        copy = {int(size): seconds for size, seconds in data["copy"].items()}
-        return cls(copy, data["flops"], data.get("float32", "highest"))
 
     def floor(self, bytes_moved: float, flops: float, dtype: torch.dtype) -> float:
         """Seconds below which no call is expected. A product in a dtype that was not measured is not counted."""
@@ -55,23 +45,21 @@ class Roofs:
         return max(self._copy_seconds(bytes_moved), flops / rate if rate else 0.0)
 
     def _copy_seconds(self, size: float) -> float:
-        """A straight line in logarithms between two sizes; the time of the smallest below it; above, in proportion."""
+        """Linear in logarithms between two sizes; the time of the smallest below it; above, in proportion."""
         sizes = sorted(self.copy)
-        if size <= sizes[0]:
-            return self.copy[sizes[0]]
-        if size >= sizes[-1]:
-            return self.copy[sizes[-1]] * size / sizes[-1]
-        above = next(i for i, s in enumerate(sizes) if s >= size)
-        low, high = sizes[above - 1], sizes[above]
+        if size <= sizes[0] or size >= sizes[-1]:
+            nearest = sizes[0] if size <= sizes[0] else sizes[-1]
+            return self.copy[nearest] * max(1.0, size / sizes[-1])
+        low, high = next(pair for pair in itertools.pairwise(sizes) if pair[1] >= size)
         share = math.log(size / low) / math.log(high / low)
         return self.copy[low] * (self.copy[high] / self.copy[low]) ** share
 
 
 def measure(device: torch.device, dtypes: Iterable[torch.dtype], *, seconds: float = 0.05) -> Roofs:
-    """The roofs of a device, in a few seconds: about `seconds` for each size of a copy and of a product.
+    """Measure the roofs of a device: about `seconds` for each size of a copy and of a product.
 
-    A roof is what the device can do at its best: the shortest sample counts, and a size that took longer than a larger
-    one gets the time of that one. Sizes that do not fit into memory are left out, and dtypes without a product.
+    The shortest sample counts, and a size that took longer than a larger one gets the time of that one. Sizes that do
+    not fit in memory are skipped, and dtypes without a product.
     """
     sizes = [_SMALLEST_COPY]
     while sizes[-1] < _LARGEST_COPY[device.type]:

@@ -1,34 +1,38 @@
 """What every kernel compiles to, for architectures that need not be in this machine: no GPU is used.
 
-Each launch that a registered kernel makes on its declared cases is written down, compiled by Triton and ptxas for the
-target, and read back: registers, spilled bytes, shared memory against the architecture's limit, and what the machine
-code is made of.
+Each launch of a registered kernel on its declared cases is recorded, compiled by Triton and ptxas for the target, and
+read back: registers, spilled bytes, shared memory and the architecture's limit, and kinds of instructions.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
+import json
 import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from bench.record import dtype_name
+from bench import command
+from bench.record import commit_info, dtype_name, machine_info
 from kernels._compile import compile_launch, kernel_name, launches, reason, unique
-from kernels._launch import Launch
+from kernels._launch import Launch, tensors
 from kernels._registry import all_specs
 from kernels._triton import INTERPRET
+from model.cli import UserError
+from model.files import write_atomic
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(NamedTuple):
     """Limits of one multiprocessor: CUDA C++ Programming Guide, table of technical specifications."""
 
     shared_kib: int  # that one block may ask for; a multiprocessor has 1 KiB more for each block it holds
@@ -37,13 +41,9 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    80: Architecture(163, 2048, 32),
-    86: Architecture(99, 1536, 16),
-    89: Architecture(99, 1536, 24),
-    90: Architecture(227, 2048, 32),
-    100: Architecture(227, 2048, 32),
-    120: Architecture(99, 1536, 24),
-}
+    80: Architecture(163, 2048, 32), 86: Architecture(99, 1536, 16), 89: Architecture(99, 1536, 24),
+    90: Architecture(227, 2048, 32), 100: Architecture(227, 2048, 32), 120: Architecture(99, 1536, 24),
+}  # fmt: skip
 _REGISTERS, _TENSOR_COLUMNS = 65536, 512  # of a multiprocessor; columns: Blackwell's tensor memory
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", re.MULTILINE)
@@ -53,14 +53,42 @@ _DOT = re.compile(r"tt\.dot .*?(tf32)? : tensor<\d+x\d+x(\w+)> \* .*-> tensor<(\
 
 
 @dataclass(frozen=True)
-class StaticRow:
-    """One compiled kernel.
+class Static:
+    """What the kernels compile to, for architectures that need not be here. Uses no GPU; exit code 1 on a problem."""
 
-    registers, spill: a thread, in bytes the latter, the stack included; shared: bytes a block; instructions: in all,
-    tensor_core of them on the tensor cores and wide_loads of them loads of 16 bytes or more; tensor_kind: their names;
-    wanted: the tensor-core instruction that the kernel's products call for, empty for none; aligned: 16-byte loads are
-    possible; blocks_per_sm: blocks that a multiprocessor holds at a time.
-    """
+    arch: tuple[int, ...] = (80, 90, 100)  # Compute capabilities, times ten.
+    op: tuple[str, ...] = ()  # Kernels to compile; all of them by default.
+    dtype: tuple[command.Dtype, ...] = ("bfloat16", "float16", "float32")  # Precisions to compile.
+    bench_only: bool = False  # Only the shapes of the benchmarks, not those of the tests.
+    out: Path | None = None  # JSON file to write; none by default.
+
+    def main(self) -> None:
+        for arch in self.arch:
+            if arch not in ARCHITECTURES:
+                raise UserError(f"--arch {arch} is not known: choose from {', '.join(map(str, ARCHITECTURES))}")
+        ops = command.pick("kernel", self.op, all_specs())
+        command.require_new(self.out)
+        dtypes = [getattr(torch, name) for name in self.dtype]
+        groups = survey(self.arch, dtypes, ops, bench_only=self.bench_only)
+        tracked = command.tracked(groups, len(ops) * len(dtypes) * len(self.arch))
+        rows = [row for group in tracked for row in group]
+        print(HEAD)
+        for row in sorted(rows, key=lambda r: (r.kernel, r.arch, r.dtype, r.config)):
+            print(line(row))
+        problems = sum(bool(r.problem) for r in rows)
+        print(f"{len(rows)} compiled kernels, {problems} with a problem")
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            entries = [asdict(row) | {"problem": row.problem} for row in rows]
+            data = {"machine_info": machine_info(torch.device("cpu")), "commit_info": commit_info(), "rows": entries}
+            write_atomic(self.out, json.dumps(data, indent=1) + "\n")
+        if problems:
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class StaticRow:
+    """One compiled kernel."""
 
     kernel: str
     arch: int
@@ -68,21 +96,20 @@ class StaticRow:
     config: str
     num_warps: int
     shared_limit: int
-    registers: int = 0
-    spill: int = 0
-    shared: int = 0
+    registers: int = 0  # of a thread
+    spill: int = 0  # bytes of a thread, the stack included
+    shared: int = 0  # bytes of a block
     instructions: int = 0
-    tensor_core: int = 0
-    tensor_kind: str = ""
-    wanted: str = ""
-    wide_loads: int = 0
-    aligned: bool = False
-    blocks_per_sm: int = 0
+    tensor_core: int = 0  # instructions on the tensor cores
+    tensor_kind: str = ""  # their names
+    wanted: str = ""  # the tensor-core instruction that the products call for; empty for none
+    wide_loads: int = 0  # loads of 16 bytes or more
+    aligned: bool = False  # loads of 16 bytes are possible
+    blocks_per_sm: int = 0  # blocks that a multiprocessor holds at a time
     error: str = ""
 
     @property
     def problem(self) -> str:
-        """What is wrong with the compiled kernel, in words; empty where nothing is."""
         if self.error:
             return self.error
         if self.spill:
@@ -108,15 +135,14 @@ def _wanted(ttir: str, arch: int, num_warps: int) -> str:
 
 def _aligned(launch: Launch) -> bool:
     """True where 16-byte loads must come out: in every tensor one unit stride, and all else multiples of 16."""
-    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-    strides = {name: n for name, n in values.items() if name.startswith("stride_")}
-    units = Counter(name[:-1] for name, n in strides.items() if n == 1)  # by tensor: stride_xm, stride_xn -> stride_x
-    pointers = [t.data_ptr() for t in launch.args if isinstance(t, Tensor)]
-    return (
-        bool(strides)
-        and all(units[name[:-1]] == 1 for name in strides)
-        and all(n % 16 == 0 for n in [*strides.values(), *pointers] if n != 1)
-    )
+    strides: dict[str, tuple[int, ...]] = {}  # by tensor: stride_xm, stride_xn and stride_x=(m, n) -> stride_x
+    for name, value in zip(launch.kernel.arg_names, launch.args, strict=False):
+        if name.startswith("stride_"):
+            tensor, of_tensor = (name, value) if isinstance(value, tuple) else (name[:-1], (value,))
+            strides[tensor] = strides.get(tensor, ()) + of_tensor
+    one_unit = bool(strides) and all(of_tensor.count(1) == 1 for of_tensor in strides.values())
+    multiples = [n for of_tensor in strides.values() for n in of_tensor if n != 1]
+    return one_unit and all(n % 16 == 0 for n in (*multiples, *(t.data_ptr() for t in tensors(launch.args))))
 
 
 def _blocks_per_sm(arch: int, registers: int, shared: int, num_warps: int, tensor_columns: int) -> int:
@@ -131,7 +157,10 @@ def _blocks_per_sm(arch: int, registers: int, shared: int, num_warps: int, tenso
 
 
 def _label(launch: Launch) -> str:
-    return " ".join(f"{k}={int(v) if isinstance(v, bool) else v}" for k, v in launch.meta.items() if k != "num_warps")
+    meta: dict[str, Any] = {}
+    for name, value in launch.meta.items():  # a NamedTuple of constants is listed by its fields
+        meta |= value._asdict() if hasattr(value, "_asdict") else {name: value}
+    return " ".join(f"{k}={int(v) if isinstance(v, bool) else v}" for k, v in meta.items() if k != "num_warps")
 
 
 def _tool(name: str, *args: str) -> str:
@@ -142,7 +171,7 @@ def _tool(name: str, *args: str) -> str:
 
 
 def read_back(launch: Launch, dtype: torch.dtype, arch: int) -> StaticRow:
-    """Compiles one launch for sm_<arch> and reads the machine code."""
+    """Compile one launch for sm_<arch> and read the machine code."""
     row: dict[str, Any] = dict(
         kernel=kernel_name(launch), arch=arch, dtype=dtype_name(dtype), config=_label(launch),
         num_warps=launch.meta.get("num_warps", 4), shared_limit=ARCHITECTURES[arch].shared_kib * 1024,
@@ -171,29 +200,20 @@ def read_back(launch: Launch, dtype: torch.dtype, arch: int) -> StaticRow:
 def _work(name: str, bench_only: bool, dtype: torch.dtype, arch: int) -> list[StaticRow]:
     spec = all_specs()[name]
     cases = spec.bench_cases if bench_only else spec.bench_cases + spec.cases
-    return [read_back(launch, dtype, arch) for launch in unique(launches(spec, cases, dtype, arch))]
+    return [read_back(launch, dtype, arch) for launch in unique(launches(spec, cases, dtype, arch), arch)]
 
 
 def survey(
     archs: Iterable[int], dtypes: Iterable[torch.dtype], ops: Iterable[str], *, bench_only: bool = False
-) -> Iterator[tuple[int, int, list[StaticRow]]]:
-    """Compiles everything on all cores; yields (done, total, rows) as one operator, dtype and architecture is ready.
-
-    RuntimeError under TRITON_INTERPRET=1: interpreted kernels cannot be compiled.
-    """
+) -> Iterator[list[StaticRow]]:
+    """Compile everything on all cores; yield the rows of one operator, dtype and architecture as they are ready."""
     if INTERPRET:
         raise RuntimeError("bench static compiles the kernels: run it without TRITON_INTERPRET")
     jobs = [(name, bench_only, dtype, arch) for name in ops for dtype in dtypes for arch in archs]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        futures = [pool.submit(_work, *job) for job in jobs]
-        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            yield done, len(jobs), future.result()
-
-
-def as_dict(row: StaticRow) -> dict[str, Any]:
-    """A row as JSON takes it, its verdict included."""
-    return asdict(row) | {"problem": row.problem}
+        for future in concurrent.futures.as_completed([pool.submit(_work, *job) for job in jobs]):
+            yield future.result()
 
 
 HEAD = "kernel             arch   dtype     warps  regs spill  shared of all blocks instr tensor kind     wide  config"

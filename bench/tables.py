@@ -1,42 +1,45 @@
-"""What a report shows: rows of a report side by side, as tables of cells. report.py writes them as text and as a page.
+"""The tables of a report. report.py writes them as text and as a page.
 
-"Ours" is the provider "triton" where the report has it; elsewhere our functions run PyTorch's operators, and "eager" is
-ours. A ratio is a competitor's time over ours: above 1, ours is faster. Its mark says how sure that is: ▲ (or ▼) where
-ours was the faster (slower) in more than four fifths of the rounds, = otherwise.
+"Ours" is the provider "triton" where the report has it, and otherwise "eager", our functions on PyTorch's operators. A
+ratio is a competitor's time over ours: above 1, ours is faster. Its mark: ▲ (or ▼) where ours was faster (slower) in
+more than four fifths of the rounds, = otherwise.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bench.record import CONTROL, Report, Row
-from bench.train_step import LADDER
+import numpy as np
+
+from bench.record import CONTROL, LADDER, Report, Row, params_text
 from model.report.charts import NONE, num
+from model.report.pages import SYMBOLS, Cell, Table, cell, table
 
 TIMES = "\N{MULTIPLICATION SIGN}"
-SYMBOLS = {"win": "▲", "loss": "▼", "tie": "="}
 PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "working")
-# what each step of the ladder adds to; the last of these that has a time is what its gain is told against
+# The step that each step of the ladder adds to. Its gain is measured against the nearest one below that has a time.
 BUILDS_ON = {
     "eager": "plain", "compile": "eager", "+attention": "eager", "+layer_norm": "+attention", "+gelu": "+layer_norm",
     "triton": "+gelu", "triton+graph": "triton", "trainer": "triton+graph",
 }  # fmt: skip
 _ORDER = (
-    "triton", "triton+graph", "plain", "eager", "compile", "+attention", "+layer_norm", "+gelu", "sdpa", "sdpa_full",
-    "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "flex", "liger", "cce", "cce_exact", "fla", "hf",
-    "hf_static", "hf+liger", "nanogpt",
+    "triton", "triton+graph", *LADDER, "sdpa", "sdpa_full", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math",
+    "flex", "liger", "cce", "cce_exact", "fla", "hf", "hf_static", "hf+liger", "nanogpt",
 )  # fmt: skip
+_CLOCKS = ("events", "graph", "wall")
+_STATES = {
+    "sm_mhz": "MHz, multiprocessors", "memory_mhz": "MHz, memory", "watts": "W", "celsius": "°C", "load": "load",
+}  # fmt: skip
 
 
-def percent(value: float | None) -> str:
-    return NONE if value is None else f"{num(value * 100)} %"
+def percent(value: float) -> str:
+    return f"{num(value * 100)} %"
 
 
 def times(value: float) -> str:
-    """How many times, with its sign."""
     return f"{num(value)}{TIMES}"
 
 
@@ -44,16 +47,8 @@ def between(low: float, high: float) -> str:
     return f"{num(low)}{NONE}{num(high)}"
 
 
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """p20 and p80."""
-    if len(values) == 1:
-        return values[0], values[0]
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return tenths[1], tenths[7]
-
-
 class Ratio(NamedTuple):
-    """How many times as long one row takes as another. mid: of the medians; low, high: p20, p80 of round by round."""
+    """The time of one row over another's. mid: ratio of the medians; low, high: p20, p80 of the rounds' ratios."""
 
     mid: float
     low: float
@@ -65,18 +60,14 @@ class Ratio(NamedTuple):
 
 
 def ratio(row: Row, base: Row) -> Ratio:
-    """The time of `row` over that of `base`, both of one group."""
+    """The time of `row` over that of `base`, of the same group."""
     rounds = [a / b for a, b in zip(row.seconds, base.seconds, strict=False)]
-    return Ratio(row.ms() / base.ms(), *spread(rounds))
-
-
-# --- picking ---------------------------------------------------------------------------------------------------------
+    return Ratio(row.ms() / base.ms(), *np.quantile(rounds, (0.2, 0.8)).tolist())
 
 
 @dataclass(frozen=True)
 class Group:
-    """Competitors on one thing with one clock. rows: those with a time, in the order in which they are shown; failed:
-    provider -> why it has none."""
+    """Competitors on one case with one clock. rows: those with a time, in display order; failed: provider -> error."""
 
     params: dict[str, Any]
     clock: str
@@ -84,195 +75,129 @@ class Group:
     failed: dict[str, str]
 
     def get(self, name: str) -> str:
-        """A parameter as text; empty where the group has none of that name."""
         return str(self.params.get(name, ""))
 
-    def label(self, *leave_out: str) -> str:
-        """The parameters but some, in a line: ``M=1024 N=768 float32 forward``."""
-        words = [v if isinstance(v, str) else f"{k}={v}" for k, v in self.params.items() if k not in leave_out]
-        return " ".join(words)
+    def metric(self, provider: str, name: str) -> float | None:
+        return self.rows[provider].metrics.get(name) if provider in self.rows else None
+
+    def label(self, *omit: str) -> str:
+        return params_text(self.params, *omit)
 
 
 def ours(report: Report) -> str:
-    """The provider that is ours in this report."""
-    found = any(row.provider == "triton" and row.kind != "memory" for row in report.rows)
-    return "triton" if found else "eager"
+    return "triton" if any(row.provider == "triton" and row.kind != "memory" for row in report.rows) else "eager"
 
 
 def ordered(providers: Iterable[str], order: Sequence[str] = _ORDER) -> list[str]:
-    """Providers in the order in which they are shown: those of `order` first, others as they come."""
-    names = list(dict.fromkeys(providers))
-    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+    """Those of `order`, then the others as they come."""
+    return sorted(dict.fromkeys(providers), key=lambda name: order.index(name) if name in order else len(order))
 
 
 def groups(report: Report, kind: str, **params: Any) -> list[Group]:
-    """The groups of a kind in which something was timed, in the order of the report. params: only those with these."""
-    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    """The groups of a kind, and with these parameters, that have a time."""
+    timed: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in report.rows:
         if row.kind == kind and row.seconds and params.items() <= row.params.items():
-            found.setdefault((tuple(row.params.items()), row.clock), {})[row.provider] = row
+            timed.setdefault((tuple(row.params.items()), row.clock), {})[row.provider] = row
     failed = [row for row in report.rows if row.kind == kind and row.error]
     order = (*LADDER, *_ORDER) if kind == "train" else _ORDER
     made = []
-    for (items, clock), rows in found.items():
-        names = [name for name in ordered(rows, order) if name != CONTROL]
-        errors = {
-            row.provider: row.error for row in failed if row.provider not in rows and _of(row, dict(items), clock)
-        }
-        if names:
-            made.append(Group(dict(items), clock, {name: rows[name] for name in names}, errors))
+    for (items, clock), rows in timed.items():
+        of = dict(items)
+        errors = {f.provider: f.error for f in failed if f.provider not in rows and f.covers(of, clock)}
+        if names := [name for name in ordered(rows, order) if name != CONTROL]:
+            made.append(Group(of, clock, {name: rows[name] for name in names}, errors))
     return made
 
 
-def _of(failed: Row, params: dict[str, Any], clock: str) -> bool:
-    """Whether an error is about a group: one error stands for all the modes and clocks that it does not name."""
-    named = {name: value for name, value in failed.params.items() if value != ""}
-    return failed.clock in ("", clock) and named.items() <= params.items()
-
-
-def split(found: Iterable[Group], *names: str) -> dict[tuple[str, ...], list[Group]]:
-    """Groups by some of their parameters and their clock."""
+def split(members: Iterable[Group], *names: str) -> dict[tuple[str, ...], list[Group]]:
+    """Groups by these parameters and their clock."""
     parts: dict[tuple[str, ...], list[Group]] = {}
-    for group in found:
+    for group in members:
         parts.setdefault((*map(group.get, names), group.clock), []).append(group)
     return parts
 
 
 def ladder_step(group: Group, provider: str) -> tuple[str, float] | None:
-    """The step below a step of the ladder and the speed over it, both of those that were timed."""
-    below = BUILDS_ON.get(provider)
+    """The nearest timed step below, and the speed-up over it."""
+    below = BUILDS_ON.get(provider) if provider in group.rows else None
     while below is not None and below not in group.rows:
         below = BUILDS_ON.get(below)
     return None if below is None else (below, group.rows[below].ms() / group.rows[provider].ms())
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """value: what it sorts by; note: beside the text; span: p20 and p80; mark: "win", "loss" or "tie" of the note,
-    "failed", where tip says why, or nothing."""
-
-    text: str
-    value: float | None = None
-    note: str = ""
-    span: str = ""
-    mark: str = ""
-    tip: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """names: how many columns on the left name the row. folded: of second interest."""
-
-    title: str
-    head: list[str]
-    rows: list[list[Cell]]
-    names: int = 1
-    note: str = ""
-    folded: bool = field(default=False, kw_only=True)
-
-
-def cell(value: float | None, show: Callable[[float | None], str] = num) -> Cell:
-    return Cell(show(value), value)
-
-
-def trimmed(title: str, head: list[str], rows: list[list[Cell]], names: int, **more: Any) -> Table:
-    """A table without the columns in which nothing stands."""
-    keep = [
-        i for i in range(len(head)) if i < names or any(row[i].note or row[i].text not in ("", NONE) for row in rows)
-    ]
-    return Table(title, [head[i] for i in keep], [[row[i] for i in keep] for row in rows], names, **more)
-
-
-def _metric(row: Row | None, name: str) -> float | None:
-    return row.metrics.get(name) if row else None
-
-
-def _time(group: Group, provider: str) -> Cell:
-    """p50 in ms with p20 and p80; why not, where it failed."""
-    row = group.rows.get(provider)
+def _time(group: Group, provider: str, base: str = "") -> Cell:
+    """p50 in ms with p20 and p80, and its ratio to the time of `base`; the error of a failed provider as a tooltip."""
+    row, ours_ = group.rows.get(provider), group.rows.get(base)
     if row is None:
-        why = group.failed.get(provider, "")
-        return Cell("failed", mark="failed", tip=why) if why else Cell(NONE)
-    return Cell(num(row.ms()), row.ms(), span=between(row.ms(20), row.ms(80)))
-
-
-def _against(group: Group, provider: str, base: str) -> Cell:
-    """A time, and beside it how many times that of `base`."""
-    found, us = _time(group, provider), group.rows.get(base)
-    if provider == base or us is None or provider not in group.rows:
-        return found
-    r = ratio(group.rows[provider], us)
-    return Cell(found.text, found.value, times(r.mid), found.span, r.mark)
+        error = group.failed.get(provider, "")
+        return Cell("failed", mark="failed", tip=error) if error else Cell(NONE)
+    r = ratio(row, ours_) if ours_ and provider != base else None
+    note, mark = (times(r.mid), r.mark) if r else ("", "")
+    return Cell(num(row.ms()), row.ms(), note, between(row.ms(20), row.ms(80)), mark)
 
 
 def _speed(group: Group, provider: str, base: str) -> Cell:
-    """How many times as fast as `base`; ▲ where this provider is the faster."""
+    """The speed relative to `base`; ▲ where this provider is faster."""
     if provider == base or provider not in group.rows or base not in group.rows:
         return Cell(NONE)
     r = ratio(group.rows[base], group.rows[provider])
     return Cell("", r.mid, times(r.mid), mark=r.mark)
 
 
-def _text(group: Group, *names: str) -> list[Cell]:
-    return [Cell(group.get(name)) for name in names]
-
-
 def _called(provider: str, us: str) -> str:
     return f"{provider} (ours)" if provider == us else provider
 
 
-def _providers(found: Iterable[Group], us: str) -> list[str]:
-    names = ordered(name for group in found for name in (*group.rows, *group.failed))
-    return ordered(names, (us,))
+def _providers(members: Iterable[Group], us: str) -> list[str]:
+    names = (name for group in members for name in (*group.rows, *group.failed))
+    return ordered(ordered(names), (us,))
+
+
+def param_columns(members: Iterable[Group], *names: str) -> dict[str, list[Cell]]:
+    return {name: [Cell(group.get(name)) for group in members] for name in names}
 
 
 def kernel_tables(report: Report, op: str) -> list[Table]:
-    """Everything about an operator: times by clock and precision, then what the host and the memory pay."""
-    us, tables = ours(report), []
+    """The times of a kernel by clock and dtype, then the host time and the memory."""
+    us, made = ours(report), []
     parts = split(groups(report, "kernels", op=op), "dtype")
-    for (dtype, clock), found in parts.items():
-        names = _providers(found, us)
-        heads = [f"{_called(name, us)}, ms" for name in names]
-        head = ["case", "mode", heads[0], "of floor", "GB/s", "TFLOP/s", *heads[1:]]
-        rows: list[list[Cell]] = []
-        for group in found:
-            row = group.rows.get(us)
-            figures = [cell(_metric(row, "floor"), percent), cell(_metric(row, "gb_per_s"))]
-            figures.append(cell(_metric(row, "tflop_per_s") or None))  # 0 where there is no product
-            first, *others = [_against(group, name, us) for name in names]
-            rows.append([*_text(group, "case", "mode"), first, *figures, *others])
-        tables.append(trimmed(f"{op}, {dtype}, {clock}", head, rows, 2))
+    for (dtype, clock), members in parts.items():
+        names = _providers(members, us)
+        first, *others = ((f"{_called(n, us)}, ms", [_time(g, n, us) for g in members]) for n in names)
+        columns = param_columns(members, "case", "mode") | dict([first])
+        columns["of floor"] = [cell(g.metric(us, "floor"), percent) for g in members]
+        columns["GB/s"] = [cell(g.metric(us, "gb_per_s")) for g in members]
+        columns["TFLOP/s"] = [cell(g.metric(us, "tflop_per_s") or None) for g in members]  # 0 without a product
+        made.append(table(f"{op}, {dtype}, {clock}", columns | dict(others), 2))
     for name, what in (("host_ms", "host time to issue a call, ms"), ("peak_mib", "memory beyond the inputs, MiB")):
-        held: dict[str, list[Group]] = {}  # of one clock: that of another says the same
-        for (dtype, _), found in parts.items():
-            if holding := [g for g in found if any(name in row.metrics for row in g.rows.values())]:
-                held.setdefault(dtype, holding)
-        for dtype, found in held.items():
-            names = _providers(found, us)
-            rows = [[*_text(g, "case", "mode"), *(cell(_metric(g.rows.get(p), name)) for p in names)] for g in found]
-            head = ["case", "mode", *(_called(p, us) for p in names)]
-            tables.append(trimmed(f"{op}, {dtype}: {what}", head, rows, 2, folded=True))
-    return tables
+        measured: dict[str, list[Group]] = {}  # by one clock, as all clocks give the same
+        for (dtype, _), members in parts.items():
+            if with_metric := [g for g in members if any(name in row.metrics for row in g.rows.values())]:
+                measured.setdefault(dtype, with_metric)
+        for dtype, members in measured.items():
+            columns = param_columns(members, "case", "mode")
+            columns |= {_called(p, us): [cell(g.metric(p, name)) for g in members] for p in _providers(members, us)}
+            made.append(table(f"{op}, {dtype}: {what}", columns, 2, folded=True))
+    return made
 
 
 def summary_tables(report: Report) -> list[Table]:
-    """Each operator against each competitor, over all cases and modes: one table a clock."""
-    us, tables = ours(report), []
-    for (clock,), found in split(groups(report, "kernels")).items():
-        names = [name for name in _providers(found, us) if name != us]
-        rows = []
-        for (op, dtype, _), members in split(found, "op", "dtype").items():
-            rows.append([Cell(op), Cell(dtype), *(_overall(members, name, us) for name in names)])
+    """Each kernel against each competitor, over all cases and modes: one table a clock."""
+    us, made = ours(report), []
+    for (clock,), members in split(groups(report, "kernels")).items():
+        parts = split(members, "op", "dtype")
+        columns = {"kernel": [Cell(op) for op, _, _ in parts], "dtype": [Cell(dtype) for _, dtype, _ in parts]}
+        for name in _providers(members, us):
+            if name != us:
+                columns[name] = [_overall(part, name, us) for part in parts.values()]
         note = "Geometric mean of a competitor's time over ours; then in how many cases ours was faster, equal, slower."
-        tables.append(trimmed(f"Ours against each, {clock}", ["kernel", "dtype", *names], rows, 2, note=note))
-    return [table for table in tables if len(table.head) > 2]
+        made.append(table(f"Ours against each, {clock}", columns, 2, note=note))
+    return [summary for summary in made if len(summary.head) > 2]
 
 
-def _overall(found: list[Group], peer: str, us: str) -> Cell:
-    each = [ratio(group.rows[peer], group.rows[us]) for group in found if {peer, us} <= group.rows.keys()]
+def _overall(members: list[Group], peer: str, us: str) -> Cell:
+    each = [ratio(group.rows[peer], group.rows[us]) for group in members if {peer, us} <= group.rows.keys()]
     if not each:
         return Cell(NONE)
     mean = statistics.geometric_mean(r.mid for r in each)
@@ -282,45 +207,45 @@ def _overall(found: list[Group], peer: str, us: str) -> Cell:
 
 
 def train_table(group: Group, report: Report, parts: tuple[str, ...] = PARTS) -> Table:
-    """A training step, a provider a row in the order of the ladder. parts: of its memory, a column each."""
-    head = ["provider", "step, ms", "tokens/s", "speed against eager", "gain of the step", "MFU", "peak MiB"]
-    head += ["predicted MiB", *(f"{part} MiB" for part in parts)]
-    rows = []
-    for name in ordered((*group.rows, *group.failed), (*LADDER, *_ORDER)):
-        row = group.rows.get(name)
-        step = ladder_step(group, name) if row else None
-        gain = Cell(f"{step[1] - 1:+.1%} on {step[0]}".replace("%", " %"), step[1]) if step else Cell(NONE)
-        rows.append(
-            [
-                Cell(_called(name, ours(report))), _time(group, name), cell(_metric(row, "tokens_per_s")),
-                _speed(group, name, "eager"), gain, cell(_metric(row, "mfu"), percent), cell(_metric(row, "peak_mib")),
-                cell(_metric(row, "predicted_mib")), *(cell(_metric(row, f"{part}_mib")) for part in parts),
-            ]
-        )  # fmt: skip
-    return trimmed(f"{group.label()}, {group.clock}", head, rows, 1)
+    """A training step, a row for each provider and a column for each of these parts of the memory."""
+    names = ordered((*group.rows, *group.failed), (*LADDER, *_ORDER))
+    gains = []
+    for name in names:
+        step = ladder_step(group, name)
+        gains.append(Cell(f"{step[1] - 1:+.1%} on {step[0]}".replace("%", " %"), step[1]) if step else Cell(NONE))
+    columns = {
+        "provider": [Cell(_called(name, ours(report))) for name in names],
+        "step, ms": [_time(group, name) for name in names],
+        "tokens/s": [cell(group.metric(name, "tokens_per_s")) for name in names],
+        "speed against eager": [_speed(group, name, "eager") for name in names],
+        "gain of the step": gains,
+        "MFU": [cell(group.metric(name, "mfu"), percent) for name in names],
+    }
+    for metric in ("peak", "predicted", *parts):
+        columns[f"{metric} MiB"] = [cell(group.metric(name, f"{metric}_mib")) for name in names]
+    return table(f"{group.label()}, {group.clock}", columns)
 
 
 def generate_tables(report: Report) -> list[Table]:
     """Greedy generation: the prompt, then token by token; a table for all batches of one setting."""
-    us, tables = ours(report), []
+    us, made = ours(report), []
     parts = split(groups(report, "generate"), "preset", "prompt", "tokens", "dtype")
-    for (preset, prompt, tokens, dtype, clock), found in parts.items():
+    for (preset, prompt, tokens, dtype, clock), members in parts.items():
         phases: dict[str, dict[str, Group]] = {}
-        for group in found:
+        for group in members:
             phases.setdefault(group.get("batch"), {})[group.get("phase")] = group
-        rows = []
-        for batch, by_phase in phases.items():
-            for name in _providers(by_phase.values(), us):
-                cells = [Cell(batch, float(batch) if batch.isdigit() else None), Cell(_called(name, us))]
-                for phase in ("prefill", "decode"):
-                    one = by_phase.get(phase, Group({}, "", {}, {}))
-                    rate = _metric(one.rows.get(name), "tokens_per_s")
-                    cells += [_time(one, name), cell(rate), _speed(one, name, "hf")]
-                rows.append(cells)
-        head = ["batch", "provider", "prefill, ms", "prefill, tokens/s", "prefill speed against hf"]
-        head += [f"{tokens} tokens, ms", "decode, tokens/s", "decode speed against hf"]
-        tables.append(trimmed(f"{preset} {dtype}, prompt of {prompt}, {tokens} new tokens, {clock}", head, rows, 2))
-    return tables
+        rows = [(batch, of, name) for batch, of in phases.items() for name in _providers(of.values(), us)]
+        columns = {
+            "batch": [Cell(batch, float(batch) if batch.isdigit() else None) for batch, _, _ in rows],
+            "provider": [Cell(_called(name, us)) for _, _, name in rows],
+        }
+        for phase, head in (("prefill", "prefill, ms"), ("decode", f"{tokens} tokens, ms")):
+            timed = [(of.get(phase, Group({}, "", {}, {})), name) for _, of, name in rows]
+            columns[head] = [_time(group, name) for group, name in timed]
+            columns[f"{phase}, tokens/s"] = [cell(group.metric(name, "tokens_per_s")) for group, name in timed]
+            columns[f"{phase} speed against hf"] = [_speed(group, name, "hf") for group, name in timed]
+        made.append(table(f"{preset} {dtype}, prompt of {prompt}, {tokens} new tokens, {clock}", columns, 2))
+    return made
 
 
 def memory_settings(report: Report) -> dict[tuple[str, ...], list[Row]]:
@@ -334,135 +259,109 @@ def memory_settings(report: Report) -> dict[tuple[str, ...], list[Row]]:
 
 
 def memory_tables(report: Report) -> list[Table]:
-    """What a training step was predicted to need, by part, and what it took."""
-    tables = []
-    for (preset, context, dtype), found in memory_settings(report).items():
-        head = ["batch", "backend", *(f"{part} MiB" for part in PARTS), "predicted MiB", "measured MiB"]
-        rows = []
-        for row in found:
-            predicted, peak = row.metrics.get("predicted_mib"), row.metrics.get("peak_mib")
-            cells = [Cell(str(row.params.get("batch", "")), row.params.get("batch")), Cell(row.provider)]
-            cells += [cell(row.metrics.get(f"{part}_mib")) for part in PARTS]
-            off = peak / predicted if peak and predicted else None
-            rows.append([*cells, cell(predicted), cell(peak), cell(off)])
-        title = f"{preset} {dtype}, context {context}"
-        tables.append(trimmed(title, [*head, "measured / predicted"], rows, 2))
-    return tables
+    """The memory of a training step, predicted by part and measured."""
+    made = []
+    for (preset, context, dtype), rows in memory_settings(report).items():
+        columns = {
+            "batch": [Cell(str(row.params.get("batch", "")), row.params.get("batch")) for row in rows],
+            "backend": [Cell(row.provider) for row in rows],
+        }
+        for head, name in (*((part, part) for part in PARTS), ("predicted", "predicted"), ("measured", "peak")):
+            columns[f"{head} MiB"] = [cell(row.metrics.get(f"{name}_mib")) for row in rows]
+        sizes = [(row.metrics.get("predicted_mib"), row.metrics.get("peak_mib")) for row in rows]
+        columns["measured / predicted"] = [cell(peak / size if peak and size else None) for size, peak in sizes]
+        made.append(table(f"{preset} {dtype}, context {context}", columns, 2))
+    return made
 
 
 def other_table(report: Report, kind: str) -> Table:
-    """Rows of a kind that has no table of its own."""
-    rows = []
-    for group in groups(report, kind):
-        for name in group.rows:
-            rows.append([Cell(group.label()), Cell(name), _time(group, name), Cell(group.clock)])
-    return trimmed(kind, ["what", "provider", "ms", "clock"], rows, 2)
+    """Rows of a kind without a table of its own."""
+    rows = [(group, name) for group in groups(report, kind) for name in group.rows]
+    columns = {
+        "what": [Cell(group.label()) for group, _ in rows],
+        "provider": [Cell(name) for _, name in rows],
+        "ms": [_time(group, name) for group, name in rows],
+        "clock": [Cell(group.clock) for group, _ in rows],
+    }
+    return table(kind, columns, 2)
 
 
 def failures(report: Report) -> Table:
-    """What has no time, and why: an error a line, however many groups it cost."""
+    """What has no time, and why: a row for each error, however many groups it affects."""
     same: dict[tuple[str, str, str], list[Row]] = {}
     for row in report.rows:
         if row.error:
             of = str(row.params.get("op", row.params.get("preset", "")))
             same.setdefault((of, row.provider, row.error), []).append(row)
     rows = []
-    for (_, provider, error), found in same.items():
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        rows.append([Cell(found[0].kind), Cell(found[0].group + more), Cell(provider), Cell(error)])
+    for first, *more in same.values():
+        what = f"{first.group} and {len(more)} more" if more else first.group
+        rows.append((Cell(first.kind), Cell(what), Cell(first.provider), Cell(first.error)))
     return Table("Not timed", ["kind", "what", "provider", "why"], rows, 4)
 
 
-# --- the head of a report --------------------------------------------------------------------------------------------
-
-
 def facts(report: Report) -> list[tuple[str, str]]:
-    """Where, when, with what and how a report was made, as names and values."""
-    m, found = report.machine, [("device", report.device)]
-    if memory := m.get("memory_mib"):
-        found.append(("device memory", f"{num(memory)} MiB"))
+    """Where, when, with what and how a report was made: (name, value)."""
+    m, method, clocks = report.machine, report.method, {row.clock for row in report.rows if row.seconds}
+    memory, commit = m.get("memory_mib"), report.commit.get("id")
     names = ("compute_capability", "multiprocessors", "driver", "cuda", "torch", "triton", "python_version", "system")
-    found += [(name.removesuffix("_version").replace("_", " "), str(m[name])) for name in names if m.get(name)]
-    if commit := report.commit.get("id"):
-        found.append(("commit", f"{commit}{', with changes' if report.commit.get('dirty') else ''}"))
-    found.append(("date", report.datetime))
-    clocks = {row.clock for row in report.rows if row.seconds}
-    for name, words in report.method.items():
-        if isinstance(words, str) and (name in clocks or name not in ("events", "graph", "wall")):
-            found.append((name, words))
-    return found + _roof_facts(report) + _control_facts(report)
+    pairs = [
+        ("device", report.device),
+        ("device memory", f"{num(memory)} MiB" if memory else ""),
+        *((name.removesuffix("_version").replace("_", " "), str(m.get(name) or "")) for name in names),
+        ("commit", f"{commit}{', with changes' if report.commit.get('dirty') else ''}" if commit else ""),
+        ("date", report.datetime),
+        *((k, v) for k, v in method.items() if isinstance(v, str) and (k in clocks or k not in _CLOCKS)),
+    ]
+    if copy := copy_rate(report):
+        pairs.append(("measured roof, copy", f"{num(copy / 1e9)} GB/s"))
+    pairs += [(f"measured roof, {dtype}", f"{num(rate / 1e12)} TFLOP/s") for dtype, rate in flop_rates(report).items()]
+    return [(name, value) for name, value in pairs if value] + _control_facts(report)
 
 
 def copy_rate(report: Report) -> float | None:
-    """The highest rate at which a copy moved bytes on the device in hand: bytes (read and written) a second."""
-    rates = [int(size) / seconds for size, seconds in report.method.get("roofs", {}).get("copy", {}).items()]
-    return max(rates, default=None)
+    """The highest measured rate of a copy on this device, bytes (read and written) a second."""
+    copies = report.method.get("roofs", {}).get("copy", {})
+    return max((int(size) / seconds for size, seconds in copies.items()), default=None)
 
 
 def flop_rates(report: Report) -> dict[str, float]:
-    """The rate of a matrix product by dtype, FLOP/s."""
+    """The measured rate of a matrix product by dtype, FLOP/s."""
     return dict(report.method.get("roofs", {}).get("flops", {}))
 
 
-def _roof_facts(report: Report) -> list[tuple[str, str]]:
-    copy, products = copy_rate(report), flop_rates(report)
-    found = [("measured roof, copy", f"{num(copy / 1e9)} GB/s")] if copy else []
-    return found + [(f"measured roof, {dtype}", f"{num(rate / 1e12)} TFLOP/s") for dtype, rate in products.items()]
-
-
 def _control_facts(report: Report) -> list[tuple[str, str]]:
-    """How steady the machine was: the control's time over all groups, and what the machine said of itself."""
+    """The control's time over all groups, and the state of the machine."""
     rows = [row for row in report.rows if row.provider == CONTROL and row.seconds]
-    found = []
+    pairs = []
     for clock in dict.fromkeys(row.clock for row in rows):
         medians = [row.ms() for row in rows if row.clock == clock]
         words = f"{num(min(medians))} to {num(max(medians))} ms in {len(medians)} groups"
-        found.append((f"control, {clock}", f"{words}, half of them below {num(statistics.median(medians))} ms"))
-    units = {
-        "sm_mhz": "MHz, multiprocessors",
-        "memory_mhz": "MHz, memory",
-        "watts": "W",
-        "celsius": "°C",
-        "load": "load",
-    }
+        pairs.append((f"control, {clock}", f"{words}, half of them below {num(statistics.median(medians))} ms"))
     states = [
         f"{num(min(values))} to {num(max(values))} {unit}"
-        for name, unit in units.items()
+        for name, unit in _STATES.items()
         if (values := [row.metrics[name] for row in rows if name in row.metrics])
     ]
-    return found + ([("while measuring", "; ".join(states))] if states else [])
+    return pairs + ([("while measuring", "; ".join(states))] if states else [])
 
 
-def glance(report: Report) -> list[tuple[str, str]]:
-    """The few figures of a report that a reader looks for first: (figure, what it is). Losses count like wins."""
-    us, found = ours(report), []
+def highlights(report: Report) -> list[tuple[str, str]]:
+    """The main figures of a report: (value, meaning). Losses count like wins."""
+    us, pairs = ours(report), []
     for (clock,), members in split(groups(report, "kernels")).items() if us != "eager" else ():
-        each = [ratio(row, g.rows[us]) for g in members if us in g.rows for p, row in g.rows.items() if p != us]
-        if each:
-            count = [sum(r.mark == mark for r in each) for mark in SYMBOLS]
-            found.append(
-                (f"{count[0]} of {len(each)}", f"comparisons of kernels won by {us}, {count[1]} lost ({clock})")
-            )
-    trained = [group for group in groups(report, "train") if us in group.rows]
-    if trained:
-        last = trained[-1]
-        best = min(
-            (p for p in ("triton", "triton+graph", "trainer", us) if p in last.rows), key=lambda p: last.rows[p].ms()
-        )
-        rate = num(_metric(last.rows[best], "tokens_per_s"))
-        found.append((rate, f"tokens/s in training, {best}, {last.label()}{_beside(last, best, ('compile', 'eager'))}"))
-    for group in groups(report, "generate", phase="decode")[:1]:
-        best = min(
-            (p for p in ("triton", "triton+graph", "trainer", us) if p in group.rows),
-            key=lambda p: group.rows[p].ms(),
-            default="",
-        )
-        if best:
-            rate = num(_metric(group.rows[best], "tokens_per_s"))
-            found.append((rate, f"tokens/s in decoding, {best}, {group.label('phase')}{_beside(group, best, ('hf',))}"))
-    return found
-
-
-def _beside(group: Group, provider: str, peers: tuple[str, ...]) -> str:
-    peer = next((name for name in peers if name in group.rows and name != provider), None)
-    return f": {times(group.rows[peer].ms() / group.rows[provider].ms())} {peer}" if peer else ""
+        marks = [ratio(r, g.rows[us]).mark for g in members if us in g.rows for p, r in g.rows.items() if p != us]
+        if marks:
+            words = f"comparisons of kernels won by {us}, {marks.count('loss')} lost ({clock})"
+            pairs.append((f"{marks.count('win')} of {len(marks)}", words))
+    trained = [group for group in groups(report, "train") if us in group.rows][-1:]
+    decoded = groups(report, "generate", phase="decode")[:1]
+    for what, members, peers in (("training", trained, ("compile", "eager")), ("decoding", decoded, ("hf",))):
+        for group in members:
+            mine = [name for name in ("triton", "triton+graph", "trainer", us) if name in group.rows]
+            if best := min(mine, key=lambda name: group.rows[name].ms(), default=""):
+                ms = {name: row.ms() for name, row in group.rows.items() if name != best}
+                against = [f": {times(ms[p] / group.rows[best].ms())} {p}" for p in peers if p in ms]
+                words = f"tokens/s in {what}, {best}, {group.label('phase')}{''.join(against[:1])}"
+                pairs.append((num(group.metric(best, "tokens_per_s")), words))
+    return pairs

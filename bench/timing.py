@@ -1,4 +1,4 @@
-"""Time of short operations: providers in turn, caches emptied, every sample kept.
+"""Time of short operations: providers in turn, caches overwritten, every sample kept.
 
 Three clocks, never mixed in one row:
 
@@ -6,19 +6,18 @@ Three clocks, never mixed in one row:
     graph    a CUDA graph that replays the call, the L2 cache overwritten before each: device time alone
     wall     torch.utils.benchmark on a CPU: threads as torch has them, warmed up, garbage collection off
 
-What is timed is made by a function without arguments: work that belongs to the call but not to its time, such as the
-forward pass of a backward pass, happens there, on the stream on which the call will run.
+A maker, a function without arguments, makes the call that is timed, on the stream on which it will run. What is not
+part of the time, such as the forward pass of a backward pass, happens there; so does the proof: it raises Refused for a
+call that must not be timed.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import ctypes
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,62 +36,59 @@ METHOD = {
     "graph": "ten calls in a CUDA graph, L2 overwritten before each, less the same graph without the calls, over ten",
     "wall": "torch.utils.benchmark, a sample of at least 5 ms after two calls of warm-up, providers in turn, "
     "freed memory kept by malloc",
-    "interval": f"p50 of {MIN_ROUNDS} to {MAX_ROUNDS} rounds; p20 and p80 beside it; every sample in the report",
+    "interval": f"p50 of {MIN_ROUNDS} to {MAX_ROUNDS} rounds, with p20 and p80; every sample in the report",
 }
 _IN_GRAPH = 10
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _WALL_SAMPLE = 5e-3
 
 
+class Refused(Exception):
+    """A provider that must not be timed; the message is the whole reason."""
+
+
+def error_line(error: Exception) -> str:
+    """An exception in one line, for a report: what a provider cannot do is a result."""
+    message = next(iter(str(error).strip().splitlines()), "")
+    return message if isinstance(error, Refused) else f"{type(error).__name__}: {message}"[:160]
+
+
 @dataclass
 class Measured:
-    """Samples of one clock. seconds: by provider, sample i of each from round i; failed: provider -> why not.
-
-    host: median seconds that the host needs to issue a call ("events" only). state: the machine, before and after.
-    """
+    """Samples of one clock, by provider."""
 
     clock: str
-    seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    host: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    state: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)  # sample i of each is from round i
+    host: dict[str, float] = field(default_factory=dict)  # median seconds to issue a call, "events" only
+    failed: dict[str, str] = field(default_factory=dict)  # why
+    state: dict[str, float] = field(default_factory=dict)  # of the machine: the mean of before and after
 
     def rows(self, kind: str, params: dict[str, Any], metrics: Callable[[str, float], dict[str, float]]) -> list[Row]:
         """A row for each provider, those that failed included. metrics: (provider, median seconds) -> its metrics."""
         rows = []
         for provider, samples in self.seconds.items():
-            found = self.state if provider == CONTROL else metrics(provider, statistics.median(samples))
+            values = self.state if provider == CONTROL else metrics(provider, statistics.median(samples))
             if provider in self.host and provider != CONTROL:
-                found = {**found, "host_ms": self.host[provider] * 1e3}
-            rows.append(Row(kind, params, provider, self.clock, samples, found))
+                values = {**values, "host_ms": self.host[provider] * 1e3}
+            rows.append(Row(kind, params, provider, self.clock, samples, values))
         return rows + [Row(kind, params, provider, self.clock, error=text) for provider, text in self.failed.items()]
 
 
 def clocks(device: torch.device) -> tuple[str, ...]:
-    """The clocks of a device."""
     return ("events", "graph") if device.type == "cuda" else ("wall",)
 
 
-def why(error: Exception) -> str:
-    """An exception in a line, for a report: what a provider cannot do is a result."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
-
-
 def measure(makers: Mapping[str, Maker], device: torch.device, clock: str, *, seconds: float = 0.5) -> Measured:
-    """Times each provider for about `seconds`, by turns, so that a drifting clock hits all alike; one more provider,
-    "control", is timed among them. What cannot be made or run is in `failed`, and the others go on.
-    """
-    kinds: dict[str, Callable[[torch.device], _Timer]] = {"events": _Events, "graph": _Graph, "wall": _Wall}
-    timer = kinds[clock](device)
-    measured = Measured(clock)
+    """Time each provider and the control for about `seconds`, in turn, so that a drifting clock affects all alike."""
+    kinds: dict[str, type[_Timer]] = {"events": _Events, "graph": _Graph, "wall": _Timer}
+    timer, measured = kinds[clock](device), Measured(clock)
     samples: dict[str, list[float]] = {}
     ready: dict[str, Callable[[], float]] = {}
     for name, maker in {**makers, CONTROL: lambda: control(device)}.items():
         try:
             ready[name], host = timer.prepare(maker)
         except Exception as error:
-            measured.failed[name] = why(error)
+            measured.failed[name] = error_line(error)
             continue
         samples[name] = []
         if host is not None:
@@ -105,7 +101,7 @@ def measure(makers: Mapping[str, Maker], device: torch.device, clock: str, *, se
             try:
                 samples[name].append(sample())
             except Exception as error:
-                measured.failed[name] = why(error)
+                measured.failed[name] = error_line(error)
                 del ready[name], samples[name]
         rounds += 1
     after = machine_state(device)
@@ -115,9 +111,8 @@ def measure(makers: Mapping[str, Maker], device: torch.device, clock: str, *, se
 
 
 def control(device: torch.device) -> Call:
-    """A copy and a matrix product that never change: the machine's own speed at the time."""
-    elements, n = (2**25, 2048) if device.type == "cuda" else (2**20, 256)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """A copy and a matrix product that never change: the speed of the machine at the time."""
+    elements, n, dtype = (2**25, 2048, torch.bfloat16) if device.type == "cuda" else (2**20, 256, torch.float32)
     source = torch.randn(elements, device=device)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     target, c = torch.empty_like(source), torch.empty_like(a)
@@ -129,41 +124,73 @@ def control(device: torch.device) -> Call:
     return call
 
 
-class _Timer(abc.ABC):
-    """prepare: maker -> (a function that takes one sample in seconds, host seconds or None)."""
+@contextlib.contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Run on another stream, after the work of the current one, which then waits for it."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
+class Partial:
+    """A call whose beginning is not timed: `run(start)` calls `start()` where its time begins, once per call."""
+
+    def __init__(self, run: Callable[[Call], object], device: torch.device) -> None:
+        self.run, self.device = run, device
+        self.lead_ins: list[tuple[Any, Any, float]] = []  # CUDA events or None, and host seconds: one entry per call
+
+    def __call__(self) -> None:
+        first, began = self._event(), time.perf_counter()
+        self.run(lambda: self.lead_ins.append((first, self._event(), time.perf_counter() - began)))
+
+    def _event(self) -> Any:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _lead_in(call: Call, calls: int = 1) -> tuple[float, float]:
+    """Seconds of the last calls that are not timed, per call, on the device and on the host. The device is idle."""
+    if not isinstance(call, Partial):
+        return 0.0, 0.0
+    last = call.lead_ins[-calls:]
+    call.lead_ins.clear()
+    host = sum(host for *_, host in last) / calls
+    device = sum(a.elapsed_time(b) for a, b, _ in last) / 1e3 / calls if call.device.type == "cuda" else host
+    return device, host
+
+
+class _Timer:
+    """The clock "wall"."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        if device.type == "cpu":
+            _keep_memory()
 
-    def new_round(self) -> None:  # noqa: B027 - only graphs have something to do
-        """Before each round."""
+    def new_round(self) -> None: ...
 
-    @abc.abstractmethod
-    def prepare(self, maker: Maker) -> tuple[Callable[[], float], float | None]: ...
+    def prepare(self, maker: Maker) -> tuple[Callable[[], float], float | None]:
+        """Maker -> a function that takes one sample in seconds, and the host's seconds, None if they are the same."""
+        call = maker()
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        number = max(1, int(_WALL_SAMPLE / timer.timeit(1).mean))
+        return lambda: timer.timeit(number).mean - _lead_in(call, number)[0], None
 
 
 def _keep_memory() -> None:
-    """Has glibc keep what is freed: else each large tensor is new pages, whose price depends on who else runs."""
-    if sys.platform != "linux":
-        return
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    """Make glibc keep freed memory: else each large tensor is new pages, whose cost depends on the machine's load."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
             mallopt(option, value)
 
 
-class _Wall(_Timer):
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        _keep_memory()
-
-    def prepare(self, maker: Maker) -> tuple[Callable[[], float], float | None]:
-        timer = Timer("call()", globals={"call": maker()}, num_threads=torch.get_num_threads())
-        number = max(1, int(_WALL_SAMPLE / timer.timeit(1).mean))
-        return lambda: timer.timeit(number).mean, None
-
-
-class _Cuda(_Timer):
+class _Events(_Timer):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.start, self.stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -177,27 +204,26 @@ class _Cuda(_Timer):
         self.stop.synchronize()
         return self.start.elapsed_time(self.stop) / 1e3
 
-
-class _Events(_Cuda):
     def prepare(self, maker: Maker) -> tuple[Callable[[], float], float | None]:
-        call = maker()
+        call, issue = maker(), []
         for _ in range(3):
             call()
-        issue = []
         for _ in range(MIN_ROUNDS):
             torch.cuda.synchronize(self.device)
             started = time.perf_counter()
             call()
-            issue.append(time.perf_counter() - started)
+            issued = time.perf_counter() - started
+            torch.cuda.synchronize(self.device)
+            issue.append(issued - _lead_in(call)[1])
 
         def sample() -> float:
             self.flush.zero_()
-            return self.between_events(call)
+            return self.between_events(call) - _lead_in(call)[0]
 
         return sample, statistics.median(issue)
 
 
-class _Graph(_Cuda):
+class _Graph(_Events):
     """One stream for everything: a backward pass runs on the stream of its forward pass, and must be captured there."""
 
     def __init__(self, device: torch.device) -> None:
@@ -218,8 +244,7 @@ class _Graph(_Cuda):
         self.flushes = self.between_events(self.empty.replay)
 
     def prepare(self, maker: Maker) -> tuple[Callable[[], float], float | None]:
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+        with on_stream(self.stream):
             call = maker()
             for _ in range(3):
                 call()

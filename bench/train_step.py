@@ -1,6 +1,6 @@
 """A whole training step of a GPT: forward, backward, gradients clipped to norm 1, fused AdamW.
 
-All start from the same weights, take the same batch of random tokens, drop nothing, and share the optimizer:
+All start from the same weights, take the same batch of random tokens, run without dropout, and share the optimizer:
 
     plain          PyTorch's operators, attention as a textbook writes it (SDPA's math backend)
     eager          PyTorch's operators, attention by the SDPA backend that it picks
@@ -16,19 +16,17 @@ All start from the same weights, take the same batch of random tokens, drop noth
     hf+liger       the same with Liger's LayerNorm and fused linear cross-entropy
     nanogpt        the model.py of a nanoGPT checkout
 
-Weights are float32 for all, and no loss is scaled. In 16 bits ours keeps all activations in that dtype, the residual
-stream among them; the last three run under torch.autocast, as their users run them, which keeps residual stream and
-LayerNorm in float32.
+Weights are float32 for all, and no loss is scaled. In 16 bits ours keeps all activations in that dtype; the last three
+run under torch.autocast, as their users run them, which keeps residual stream and LayerNorm in float32.
 
-The gate: three losses. The first must be that of the first provider of the group, and so must what two updates take
-off it, which proves gradients and optimizer; the third one of triton+graph comes from the graph.
+Each provider is proven by three losses before it is timed: the first, and its fall after two updates, must be those of
+the first provider of the group. The third of triton+graph comes from the graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,34 +37,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import peer_models
-from bench.memory import peak, training_step
-from bench.record import CONTROL, Row, dtype_name
-from bench.timing import Call, Maker, Measured, clocks, measure
+from bench import command, peer_models
+from bench.memory import MIB, card_bytes, free_bytes, peak, training_step
+from bench.record import CONTROL, LADDER, Report, Row, dtype_name
+from bench.timing import Call, Maker, Measured, Refused, clocks, measure, on_stream
 from kernels import use_backend
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT
 from model.training import flops
-from model.training import memory as step_memory
+from model.training.memory import Backend, Memory, MemoryModel
 from model.training.optim import adamw, build
 from model.training.parallel import World
 from model.training.step import Guard, Step
 
-LADDER = ("plain", "eager", "compile", "+attention", "+layer_norm", "+gelu", "triton", "triton+graph", "trainer")
 PROVIDERS = (*LADDER, "hf", "hf+liger", "nanogpt")
-_OURS = {"+attention": 1, "+layer_norm": 3, "+gelu": 4}  # how many of the operators below run on Triton
-_OPERATORS = ("causal_attention", "layer_norm", "add_layer_norm", "bias_gelu")
-_PREDICTED: dict[str, step_memory.Backend] = {"eager": "eager", "triton": "triton", "triton+graph": "triton"}
+_NORMS = ("causal_attention", "layer_norm", "add_layer_norm")
+_OURS = {"+attention": _NORMS[:1], "+layer_norm": _NORMS, "+gelu": (*_NORMS, "bias_gelu")}  # which run on Triton
 # Relative, for the first loss and for its fall. Rounding alone differs by 2e-5 and 2e-3 in 16 bits.
 _TOLERANCE = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-3, 2e-2), torch.float16: (1e-3, 2e-2)}
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What all providers of a group do."""
-
     config: GPTConfig
     batch: int
     context: int
@@ -80,91 +73,77 @@ class _Task:
         idx = torch.randint(self.config.vocab_size, (self.batch, self.context), generator=generator).to(self.device)
         return idx, idx.roll(-1, 1)
 
-    def memory(self, backend: step_memory.Backend, **options: Any) -> step_memory.Memory:
-        card = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
-        return step_memory.memory(self.config, self.batch, self.context, self.dtype, backend, card=card, **options)
+    def memory(self, backend: Backend, **options: Any) -> Memory:
+        card = card_bytes(self.device)
+        return MemoryModel(self.config, self.context, self.dtype, backend, card=card, **options).predict(self.batch)
 
 
 @dataclass
 class _Proof:
-    """What was found out before the clock started, by provider."""
-
-    losses: dict[str, list[float]] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)  # of three steps, by provider
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-class _Refused(Exception):
-    """A provider that must not be timed; the message is the whole reason."""
+@dataclass(frozen=True)
+class Train(command.Timed):
+    """Whole training steps, from plain attention in eager PyTorch to everything on, and Hugging Face's model."""
+
+    preset: str = "gpt2"  # Model preset.
+    batch: tuple[int, ...] = (4, 16, 64)  # Sequences per step.
+    context: int | None = None  # Tokens per sequence; the preset's own length by default.
+    dtype: command.Dtype | None = None  # Precision of activations; bfloat16 on a GPU and float32 on a CPU by default.
+    vocab_size: int | None = None  # Size of the vocabulary; the preset's by default.
+    bias: bool = True  # Biases in linear layers and LayerNorm, as GPT-2 has them.
+    nanogpt: Path | None = None  # Folder of a nanoGPT checkout, to be timed in the same rounds.
+
+    def check(self) -> None:
+        command.require_model(self.preset, self.batch, self.context)
+        command.pick("provider", self.provider, PROVIDERS)
+        command.require_positive(seconds=self.seconds)
+        if self.nanogpt is not None and not (self.nanogpt / "model.py").is_file():
+            raise UserError(f"{self.nanogpt} is no checkout of nanoGPT: it has no model.py")
+
+    def total(self, device: torch.device) -> int:
+        return len(self.batch)
+
+    def groups(self, device: torch.device, report: Report) -> Iterator[list[Row]]:
+        """Yield a list of rows per batch size.
+
+        Metrics of a row: tokens_per_s, mfu where the device's peak is known, the memory of one step in MiB, measured
+        (by part) and predicted, and interleaved: 1 where the providers took turns, 0 where they did not fit in memory
+        together and were timed one after another.
+        """
+        original = PRESETS[self.preset]
+        chosen: dict[str, Any] = {"bias": self.bias, "vocab_size": self.vocab_size}
+        changed = {name: v for name, v in chosen.items() if v is not None and v != getattr(original, name)}
+        try:
+            config = replace(original, **changed, embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
+        except ValueError as error:
+            raise UserError(f"{self.preset} cannot be changed so: {error}") from None
+        providers = self.provider or PROVIDERS
+        names = peer_models.available(providers, device, config, report.missing, self.nanogpt)
+        context, dtype = self.context or config.n_positions, command.dtype_of(self.dtype, device)
+        for batch in self.batch:
+            params = {"preset": self.preset, **changed, "batch": batch, "context": context, "dtype": dtype_name(dtype)}
+            yield _group(_Task(config, batch, context, dtype, device, self.nanogpt), names, params, self.seconds)
 
 
-def run(
-    device: torch.device,
-    preset: str,
-    batches: Sequence[int],
-    context: int,
-    dtype: torch.dtype,
-    missing: dict[str, str],
-    *,
-    providers: Sequence[str] | None = None,
-    seconds: float = 5.0,
-    nanogpt: Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> Iterator[list[Row]]:
-    """A list of rows per batch size: each provider that runs here, and why the others failed.
-
-    missing: is told who cannot run here, and why. nanogpt: folder of a checkout. overrides: fields of the preset's
-    GPTConfig. UserError if they make no model. Metrics of a row: tokens_per_s, mfu where the device's peak is known,
-    the memory of one step in MiB, measured (by part) and predicted, and interleaved: 1 where all providers of the group
-    were timed by turns, 0 where they did not fit in memory together and were timed one after another.
-    """
-    try:
-        config = replace(PRESETS[preset], **(overrides or {}), embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
-    except ValueError as error:
-        raise UserError(f"{preset} cannot be changed so: {error}") from None
-    changed = {name: value for name, value in (overrides or {}).items() if value != getattr(PRESETS[preset], name)}
-    names = []
-    for name in providers or PROVIDERS:
-        if reason := _absent(name, device, config, nanogpt):
-            missing[name] = reason
-        else:
-            names.append(name)
-    for batch in batches:
-        yield _group(
-            _Task(config, batch, context, dtype, device, nanogpt), names, {"preset": preset, **changed}, seconds
-        )
-
-
-def _absent(name: str, device: torch.device, config: GPTConfig, nanogpt: Path | None) -> str | None:
-    """Why a provider cannot run here, in words, or None."""
-    if (name.startswith(("+", "triton")) or name == "hf+liger") and device.type != "cuda":
-        return "needs a CUDA device"
-    if name == "nanogpt":
-        return None if nanogpt else "no folder of a nanoGPT checkout was given"
-    if name == "hf+liger" and (reason := peer_models.absent("liger_kernel")):
-        return reason
-    return peer_models.unlike_transformers(config) if name.startswith("hf") else None
-
-
-def _group(task: _Task, names: Sequence[str], model: dict[str, Any], seconds: float) -> list[Row]:
-    """The rows of one batch size. model: the parameters that name it."""
+def _group(task: _Task, names: Sequence[str], params: dict[str, Any], seconds: float) -> list[Row]:
     proof = _Proof()
     makers = {name: functools.partial(_prepare, name, task, proof) for name in names}
     measured, together = _measure(makers, task, seconds)
     peak_flops = flops.peak_flops(task.device, task.dtype)
 
     def metrics(provider: str, median: float) -> dict[str, float]:
-        found = {"tokens_per_s": task.batch * task.context / median, "interleaved": float(together)}
-        if peak_flops:
-            found["mfu"] = flops.mfu(found["tokens_per_s"], task.config, task.context, peak_flops)
-        return found | proof.metrics[provider]
+        rate = task.batch * task.context / median
+        mfu = {"mfu": flops.mfu(rate, task.config, task.context, peak_flops)} if peak_flops else {}
+        return {"tokens_per_s": rate, "interleaved": float(together), **mfu, **proof.metrics[provider]}
 
-    params = {**model, "batch": task.batch, "context": task.context, "dtype": dtype_name(task.dtype)}
-    rows = measured.rows("train", params, metrics)
-    return [replace(row, error=row.error.removeprefix("_Refused: ")) for row in rows]
+    return measured.rows("train", params, metrics)
 
 
 def _measure(makers: Mapping[str, Maker], task: _Task, seconds: float) -> tuple[Measured, bool]:
-    """Times the providers by turns, or one after another where memory is short; and whether it was by turns."""
+    """Time the providers in turn, or one after another where memory is short; and whether it was in turn."""
     clock = clocks(task.device)[0]  # a step is many launches: what the host fails to hide is part of it
     if _fit_together(task, len(makers)):
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -175,41 +154,26 @@ def _measure(makers: Mapping[str, Maker], task: _Task, seconds: float) -> tuple[
     for name, maker in makers.items():
         part = measure({name: maker}, task.device, clock, seconds=seconds)
         control += part.seconds.pop(CONTROL, ())
-        whole.seconds |= part.seconds
-        whole.host |= part.host
-        whole.failed |= part.failed
-        whole.state |= part.state
+        for attribute in ("seconds", "host", "failed", "state"):
+            getattr(whole, attribute).update(getattr(part, attribute))
     if control:
         whole.seconds[CONTROL] = control
     return whole, False
 
 
 def _fit_together(task: _Task, providers: int) -> bool:
-    """Whether half of the free memory has room for the states of all and two working sets, as a graph keeps its own.
-
-    The other half is for what is not predicted: attention with all its probabilities, other people's models.
-    """
+    """Whether half of the free memory has room for the states of all and two working sets, as a graph keeps its own;
+    the other half is for what is not predicted: attention with all its probabilities, other people's models."""
     if task.device.type != "cuda":
         return True
-    _tidy(task.device)
     need = task.memory("eager")
     state = need.parameters + need.optimizer
-    return providers * state + 2 * (need.peak - state) <= torch.cuda.mem_get_info(task.device)[0] / 2
-
-
-def _tidy(device: torch.device) -> None:
-    """Gives back what the provider before left, a failed one too."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-# --- one provider ----------------------------------------------------------------------------------------------------
+    return providers * state + 2 * (need.peak - state) <= free_bytes(task.device) / 2
 
 
 def _prepare(provider: str, task: _Task, proof: _Proof) -> Call:
     """A provider's step, ready to be timed: its losses are those of the others and its memory is known."""
-    _tidy(task.device)
+    free_bytes(task.device)  # frees what the previous provider held, a failed one too
     module, loss = _model(provider, task)
     if provider == "trainer":
         plain_step, optimizer = _trainer(module, task)
@@ -221,25 +185,22 @@ def _prepare(provider: str, task: _Task, proof: _Proof) -> Call:
         with _backend(provider, task.device):
             return plain_step()
 
-    if provider == "triton+graph":
-        losses, call, highest = _three_steps_in_a_graph(step, task.device)
-    else:
-        losses, call, highest = _three_steps(step, task.device)
+    three_steps = _three_steps_in_a_graph if provider == "triton+graph" else _three_steps
+    losses, call, highest = three_steps(step, task.device)
     if provider == "trainer":  # the fourth step is captured, where there is a graph
         highest = max(highest, peak(step, task.device))
     _check(provider, [value.item() for value in losses], task.dtype, proof)
     with _backend(provider, task.device):
         parts = _parts(module, loss)
     parts["optimizer"] = _bytes(t for state in optimizer.state.values() for t in state.values())
-    before = parts["parameters"] + parts["optimizer"] + _bytes(task.tokens())
-    parts["peak"] = before + highest
-    parts["workspace"] = parts["peak"] - parts["parameters"] - parts["optimizer"] - parts["activations"]
-    if backend := _PREDICTED.get(provider):
-        parts["predicted"] = task.memory(backend).peak
-    elif provider == "trainer":
-        graph = task.device.type == "cuda"
-        parts["predicted"] = task.memory("triton" if graph else "eager", graph=graph).peak
-    proof.metrics[provider] = {f"{name}_mib": size / _MIB for name, size in parts.items()}
+    kept = parts["parameters"] + parts["optimizer"]
+    parts["peak"] = kept + _bytes(task.tokens()) + highest
+    parts["workspace"] = parts["peak"] - kept - parts["activations"]
+    graph = provider == "trainer" and task.device.type == "cuda"
+    if provider in ("eager", "triton", "triton+graph", "trainer"):
+        ours = graph or provider.startswith("triton")
+        parts["predicted"] = task.memory("triton" if ours else "eager", graph=graph).peak
+    proof.metrics[provider] = {f"{name}_mib": size / MIB for name, size in parts.items()}
     return call
 
 
@@ -262,8 +223,8 @@ def _model(provider: str, task: _Task) -> tuple[nn.Module, Callable[[], Tensor]]
         peer_models.give_liger_norms(theirs)
         forward = peer_models.liger_loss
 
-    def loss() -> Tensor:
-        with peer_models.autocast(task.device, task.dtype):
+    def loss() -> Tensor:  # float32 weights and 16-bit products, as the users of these models run them
+        with torch.autocast(task.device.type, task.dtype, enabled=task.dtype != torch.float32):
             return forward(theirs, idx, targets)
 
     return theirs, loss
@@ -279,48 +240,37 @@ def _trainer(model: nn.Module, task: _Task) -> tuple[Callable[[], Tensor], torch
     step = Step(model, model, [optimizer], guard, world, grad_clip=1.0, seed=0, graph=graph)
     idx, targets = (x[None] for x in task.tokens())
     numbers = itertools.count(1)
+    stream = torch.cuda.Stream(task.device) if graph else None  # a graph cannot be captured on the default stream
 
     def run() -> Tensor:
-        step(idx, targets, step=next(numbers), lr=1e-4)
-        return step.loss.clone()
+        with on_stream(stream) if stream else contextlib.nullcontext():
+            step(idx, targets, step=next(numbers), lr=1e-4)
+            return step.loss.clone()
 
-    if not graph:
-        return run, optimizer
-    stream = torch.cuda.Stream(task.device)  # a graph cannot be captured on the default stream
-
-    def run_beside() -> Tensor:
-        stream.wait_stream(torch.cuda.current_stream(task.device))
-        with torch.cuda.stream(stream):
-            loss = run()
-        torch.cuda.current_stream(task.device).wait_stream(stream)
-        return loss
-
-    return run_beside, optimizer
+    return run, optimizer
 
 
 @contextlib.contextmanager
 def _backend(provider: str, device: torch.device) -> Iterator[None]:
-    """How the operators run for a provider."""
     on_gpu = provider == "trainer" and device.type == "cuda"
-    everywhere = "triton" if provider.startswith("triton") or on_gpu else "eager"
-    some = {name: "triton" for name in _OPERATORS[: _OURS.get(provider, 0)]}
+    everywhere: Backend = "triton" if provider.startswith("triton") or on_gpu else "eager"
     attention = sdpa_kernel(SDPBackend.MATH) if provider == "plain" else contextlib.nullcontext()
-    with use_backend(everywhere, **some), attention:  # type: ignore[arg-type]
+    some: dict[str, Backend] = dict.fromkeys(_OURS.get(provider, ()), "triton")
+    with use_backend(everywhere, **some), attention:
         yield
 
 
 def _three_steps(step: Callable[[], Tensor], device: torch.device) -> tuple[list[Tensor], Call, int]:
-    """The losses of three steps, the call that will be timed, and the bytes that a step needs at its highest."""
+    """The losses of three steps, the call to be timed, and the peak bytes of a step."""
     losses = [step(), step()]
     highest = peak(lambda: losses.append(step()), device)
     return losses, step, highest
 
 
 def _three_steps_in_a_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[list[Tensor], Call, int]:
-    """The same; the third step is the first replay, and what it needs is what the capture took."""
+    """The same: the third step is the first replay, and its bytes are those of the capture."""
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    with on_stream(stream):
         losses = [step(), step()]
     torch.cuda.synchronize(device)
 
@@ -334,22 +284,21 @@ def _three_steps_in_a_graph(step: Callable[[], Tensor], device: torch.device) ->
 
 
 def _check(provider: str, losses: list[float], dtype: torch.dtype, proof: _Proof) -> None:
-    """_Refused unless the losses are those of the first provider that got here."""
+    """Raise Refused unless the losses are those of the first provider that got here."""
     reference, (first, _, third) = next(iter(proof.losses.items()), (provider, losses))
     value, fall = _TOLERANCE[dtype]
     same = abs(losses[0] - first) <= value * abs(first)
     same_fall = abs((losses[0] - losses[2]) - (first - third)) <= fall * abs(first - third)
     if not (same and same_fall):  # NaN is never the same
-        raise _Refused(
-            f"computes another loss: {losses[0]:.5f}, after two steps {losses[2]:.5f}; "
-            f"{reference} has {first:.5f} and {third:.5f}"
-        )
+        expected = f"{reference} has {first:.5f} and {third:.5f}"
+        raise Refused(f"computes another loss: {losses[0]:.5f}, after two steps {losses[2]:.5f}; {expected}")
     proof.losses[provider] = losses
 
 
 def _parts(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, int]:
     """Bytes of the parameters, of what autograd keeps for the backward pass, and of the gradients."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    state = (*module.parameters(), *module.buffers())
+    own = {t.untyped_storage().data_ptr() for t in state}
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
@@ -361,13 +310,9 @@ def _parts(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         value = loss()
     value.backward()
-    parts = {
-        "parameters": _bytes((*module.parameters(), *module.buffers())),
-        "gradients": _bytes(p.grad for p in module.parameters() if p.grad is not None),
-        "activations": sum(kept.values()),
-    }
+    gradients = _bytes(p.grad for p in module.parameters() if p.grad is not None)
     module.zero_grad(set_to_none=True)
-    return parts
+    return {"parameters": _bytes(state), "gradients": gradients, "activations": sum(kept.values())}
 
 
 def _bytes(tensors: Any) -> int:

@@ -1,10 +1,11 @@
-"""Fused Triton kernels of a GPT-2, each beside the PyTorch operator that it replaces.
+"""Fused Triton kernels of a GPT-2, each with the PyTorch operator that it replaces.
 
-Every function here runs anywhere: `use_backend` says how the choice is made, `python -m kernels` what it is on this
-machine, `python -m kernels check` proves the kernels on it.
+Every function here runs anywhere: `use_backend` chooses how, `python -m kernels` says what runs on this machine,
+`python -m kernels check` proves the kernels on it.
 """
 
-from ._dispatch import use_backend
+from ._backend import use_backend
+from ._dispatch import check_backend
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
 from .cross_entropy import cross_entropy
@@ -18,6 +19,7 @@ __all__ = [
     "attention_dropout_mask",
     "bias_gelu",
     "causal_attention",
+    "check_backend",
     "cross_entropy",
     "decode_attention",
     "layer_norm",

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ._launch import Launch, record_launches
 from ._proof import evaluate
@@ -18,11 +17,6 @@ from ._registry import Case, KernelSpec, all_specs
 # Launches depend on a case's widths. Of what it has rows of, a few are drawn: not one, which Triton would fold into the
 # code, and multiples of 16 where shapes that matter are.
 _ROWS = {"B": 2, "M": 48, "T": 256}
-_TYPES = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
-    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
-    torch.bool: "*i1",
-}  # fmt: skip
 
 
 def launches(spec: KernelSpec, cases: Iterable[Case], dtype: torch.dtype, arch: int) -> list[Launch]:
@@ -36,37 +30,28 @@ def launches(spec: KernelSpec, cases: Iterable[Case], dtype: torch.dtype, arch: 
     return recorded
 
 
-def source(launch: Launch) -> tuple[Any, dict[str, Any]]:
-    """A launch as Triton's compiler takes it: specialised as Triton does it, so that both share one compiled file."""
-    from triton.compiler import ASTSource
+def source(launch: Launch, arch: int) -> tuple[Any, dict[str, Any]]:
+    """A launch as the input of Triton's compiler for sm_<arch>: (ASTSource, options).
 
-    signature: dict[str, str] = {}
-    constexprs: dict[tuple[int, ...], Any] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.meta
-    for i, name in enumerate(launch.kernel.arg_names):
-        value, aligned = values[name], False
-        if launch.kernel.params[i].is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constexprs[(i,)] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name], aligned = _TYPES[value.dtype], value.data_ptr() % 16 == 0
-        elif type(value) is int:
-            signature[name], aligned = "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
-        else:
-            signature[name] = "u1" if isinstance(value, bool) else "fp32"
-            continue
-        attrs[(i,)] = [["tt.divisibility", 16]] if aligned else []
-    options = {name: value for name, value in launch.meta.items() if name not in launch.kernel.arg_names}
-    return ASTSource(launch.kernel, signature, constexprs, attrs), options
+    Triton's JIT itself specialises the arguments, tuples included: a later launch finds the compiled file on disk.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", arch, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options, *specialised = kernel._pack_args(backend, launch.meta, *bind(*launch.args, **launch.meta))
+    return ASTSource(kernel, *specialised), options.__dict__
 
 
-def unique(recorded: Iterable[Launch]) -> list[Launch]:
-    """One launch of each that compile to the same code."""
-    found: dict[Any, Launch] = {}
+def unique(recorded: Iterable[Launch], arch: int) -> list[Launch]:
+    """The first of the launches that compile to the same code for sm_<arch>."""
+    first: dict[Any, Launch] = {}
     for launch in recorded:
-        src, options = source(launch)
-        found.setdefault((src.hash(), *sorted(options.items())), launch)
-    return list(found.values())
+        src, options = source(launch, arch)
+        first.setdefault((src.hash(), str(options)), launch)
+    return list(first.values())
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
@@ -74,7 +59,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    src, options = source(launch)
+    src, options = source(launch, arch)
     with contextlib.redirect_stdout(io.StringIO()):  # where ptxas fails, Triton prints the whole program
         return triton.compile(src, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -105,7 +90,7 @@ def reason(error: BaseException) -> str:
 def preflight(
     name: str, dtype: torch.dtype, widths: dict[str, Any], arch: int, shared_limit: int, device: torch.device | None
 ) -> str | None:
-    """Why operator `name` cannot run, forward or backward, in words, or None: everything compiled, nothing run.
+    """Why operator `name` cannot run, forward or backward, as a message, or None. Compiles everything, runs nothing.
 
     widths: entries of a case that replace those of the first bench case. shared_limit: bytes that a block may have.
     device: the compiled kernels are loaded there too; None where there is no GPU.
@@ -118,7 +103,7 @@ def preflight(
         # In a thread of its own: no grad mode, dispatch mode, default device or trace of the caller's reaches it.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             case = {**spec.bench_cases[0], **widths}
-            recorded = thread.submit(lambda: unique(launches(spec, [case], dtype, arch))).result()
+            recorded = thread.submit(lambda: unique(launches(spec, [case], dtype, arch), arch)).result()
         for launch in recorded:
             what = kernel_name(launch)
             compiled = compile_launch(launch, arch)

@@ -1,97 +1,38 @@
 """The one place that decides between a Triton kernel and PyTorch's own operator."""
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _backend
+from ._backend import device_problem
+from ._compile import preflight
 from ._launch import recording
-from ._registry import all_specs
-from ._triton import HAS_TRITON, INTERPRET
+from ._triton import INTERPRET
 
-Backend = Literal["auto", "triton", "eager"]
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MIN_CAPABILITY = (8, 0)  # Triton's own lower bound; bfloat16 tensor cores start there too
-
-# Plain module globals, not ContextVars: torch.compile guards on them and recompiles when they change.
-_backend: Backend = "auto"
-_operators: dict[str, Backend] = {}  # those that have a backend of their own
 _warned: set[str] = set()
-
-
-@contextlib.contextmanager
-def use_backend(backend: Backend, **operators: Backend) -> Iterator[None]:
-    """Chooses how the functions of this package run, inside a ``with`` block.
-
-    - ``"auto"`` (the default outside any block): Triton on a CUDA device that it supports, else eager PyTorch. What
-      Triton could not take or not compile on a CUDA device is said once, as a warning.
-    - ``"triton"``: Triton or a RuntimeError that says why not. CPU tensors run where ``TRITON_INTERPRET=1`` was set
-      before this package was imported.
-    - ``"eager"``: PyTorch's functional operators under ordinary autograd.
-
-    operators: a backend of its own for an operator by name, such as ``causal_attention="eager"``: what one kernel
-    brings, or whether it is the one to blame. ValueError for a name or a backend that does not exist.
-
-    The choice is global to the process, not per thread.
-    """
-    global _backend, _operators
-    for choice in (backend, *operators.values()):
-        if choice not in get_args(Backend):
-            raise ValueError(f"unknown backend {choice!r}: use one of {', '.join(map(repr, get_args(Backend)))}")
-    if unknown := sorted(operators.keys() - (all_specs().keys() if operators else set())):
-        raise ValueError(f"there is no operator {unknown[0]!r}: choose from {', '.join(all_specs())}")
-    previous = _backend, _operators
-    _backend, _operators = backend, operators
-    try:
-        yield
-    finally:
-        _backend, _operators = previous
-
-
-def current_backend() -> Backend:
-    """The backend that was asked for: "auto" outside any `use_backend` block."""
-    return _backend
-
-
-def device_problem(device_type: str, device_index: int | None = None) -> str | None:
-    """Why Triton cannot run on a device, in words, or None where it can."""
-    if not HAS_TRITON:
-        return "triton is not installed (it is published for Linux)"
-    if INTERPRET:
-        return None
-    if device_type != "cuda":
-        return (
-            f"the input is on {device_type} and Triton compiles for NVIDIA GPUs (TRITON_INTERPRET=1 interprets on CPU)"
-        )
-    if torch.version.hip is not None:
-        return "this torch is built for AMD GPUs and these kernels are written for NVIDIA GPUs"
-    capability = torch.cuda.get_device_capability(device_index)
-    if capability < MIN_CAPABILITY:
-        return "the GPU has compute capability {}.{} and Triton needs 8.0 or newer".format(*capability)
-    return None
-
-
-@torch.compiler.assume_constant_result  # a property of the machine: no graph break, no guard
-def _device_problem_traced(device_type: str, device_index: int | None) -> str | None:
-    return device_problem(device_type, device_index)
 
 
 @functools.cache  # a dictionary look-up from the second time on
 def kernel_problem(name: str, dtype: torch.dtype, device_index: int, **widths: Any) -> str | None:
-    """Why operator `name` cannot run on this CUDA device, in words, or None: everything it launches was compiled.
+    """Why operator `name` cannot run on this CUDA device, as a message, or None: everything it launches compiles.
 
     widths: what its launches depend on, as entries of a case of its KernelSpec.
     """
-    from ._compile import preflight  # which imports this module
-
     gpu = torch.cuda.get_device_properties(device_index)
-    device = torch.device("cuda", device_index)
     shared_limit = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]  # absent from the stubs
+    device = torch.device("cuda", device_index)
     return preflight(name, dtype, widths, 10 * gpu.major + gpu.minor, shared_limit, device)
+
+
+# Properties of the machine, constant while torch.compile traces: no graph break and no guard.
+@torch.compiler.assume_constant_result
+def _device_problem_traced(device_type: str, device_index: int | None) -> str | None:
+    return device_problem(device_type, device_index)
 
 
 @torch.compiler.assume_constant_result
@@ -107,13 +48,13 @@ def _warn_once(message: str) -> None:
 
 
 def use_triton(name: str, x: Tensor, unsupported: str | None = None, **widths: Any) -> bool:
-    """True if operator `name` is to run its Triton kernel on x.
+    """Whether operator `name` runs its Triton kernel on x. RuntimeError where backend "triton" cannot.
 
-    unsupported: why the kernel cannot take these arguments, in words; None if it can.
-    widths: what its launches depend on, as entries of a case of its KernelSpec. Before the first use with them
-    everything that forward and backward will launch is compiled: what would fail is known before it does.
+    unsupported: why the kernel cannot take these arguments, as a message; None if it can.
+    widths: what its launches depend on, as entries of a case of its KernelSpec. Everything that forward and backward
+    launch for them is compiled before their first use, so that a failure is known before it can happen in a run.
     """
-    backend = _operators.get(name, _backend)
+    backend = _backend.per_operator.get(name, _backend.current)
     if backend == "eager" or (backend == "auto" and not x.is_cuda):
         return False
     problem = unsupported if recording() else _device_problem_traced(x.device.type, x.device.index) or unsupported
@@ -129,3 +70,11 @@ def use_triton(name: str, x: Tensor, unsupported: str | None = None, **widths: A
         raise RuntimeError(f"{name}: backend 'triton' was asked for, but {problem}; use 'auto' or 'eager'")
     _warn_once(f"{name} runs eagerly: {problem}")
     return False
+
+
+def check_backend(device: torch.device) -> None:
+    """Fail early: RuntimeError unless the backend of the current `use_backend` block can run on a device.
+
+    Under "auto" it warns where Triton was expected and cannot run. One small kernel stands for all.
+    """
+    use_triton("layer_norm", torch.empty(0, 8, device=device), N=8, bias=False)

@@ -34,16 +34,16 @@ def dropout_words(seed, stream):
 
 
 @triton.jit
-def dropout_keys(word, index):
+def dropout_hash(word, index):
     """One uint32 key for each index of an int32 tile."""
     return _mix(word + index.to(tl.uint32) * 0x9E3779B9)
 
 
 @triton.jit
-def keep_tile(row_keys, column_keys, threshold):
+def keep_tile(row_hash, col_hash, threshold):
     """Mask of the elements that dropout keeps, for keys that broadcast to the tile."""
     # 31 bits, so that the comparison is between plain int32 numbers
-    return (_mix(row_keys ^ column_keys) >> 1).to(tl.int32, bitcast=True) >= threshold
+    return (_mix(row_hash ^ col_hash) >> 1).to(tl.int32, bitcast=True) >= threshold
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -80,11 +80,11 @@ def _words64(seed: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
 def keep_mask(seed: Tensor, dropout_p: float, rows: int, columns: int, stream: Tensor) -> Tensor:
     """The mask of `keep_tile` in plain PyTorch. stream: (...) int64 -> (..., rows, columns) bool, True = keep."""
     s0, s1 = _words64(seed, stream)
-    row_keys, column_keys = (
+    row_hash, col_hash = (
         _mix64(s[..., None] + torch.arange(n, device=stream.device) * 0x9E3779B9 & _M32)
         for s, n in ((s0, rows), (s1, columns))
     )
-    return (_mix64(row_keys[..., :, None] ^ column_keys[..., None, :]) >> 1) >= dropout_threshold(dropout_p)
+    return (_mix64(row_hash[..., :, None] ^ col_hash[..., None, :]) >> 1) >= dropout_threshold(dropout_p)
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -67,17 +67,26 @@ def recording() -> bool:
     return _recorded is not None
 
 
+def tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The tensors among the arguments of a launch, those in tuples included, in order."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from tensors(arg)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """kernel[grid](*args, **meta) on the device of the first tensor argument; an empty grid launches nothing.
 
-    meta holds the tl.constexpr arguments and Triton's own num_warps, num_stages.
+    args: tensors, numbers, None and tuples of them. meta: the tl.constexpr arguments and num_warps, num_stages.
     """
     if 0 in grid:
         return
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
         return
-    device = next(a for a in args if isinstance(a, Tensor)).device
+    device = next(tensors(args)).device
     # Triton launches on the current device, which need not be the tensor's on a machine with several.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, **meta)

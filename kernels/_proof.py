@@ -1,15 +1,13 @@
-"""What it means that a kernel is right, in one place: the tests and `python -m kernels check` both ask here.
+"""The definition of a correct kernel, for the tests and for `python -m kernels check`.
 
 The rule, for a result `got` that should equal `truth` (the eager path in float64 on the same, dtype-rounded inputs):
 
     max|got - truth| <= k * max|eager - truth| + 2 ulp,      k = 2 for outputs, 3 for gradients
 
-where `eager` is PyTorch's own operator in the kernel's dtype and an ulp is that of max|truth| in that dtype. It asks of
-a kernel no more than PyTorch reaches itself, and no constant in it was ever tuned. (flash-attention's tests have the
-form.)
+where `eager` is PyTorch's own operator in the kernel's dtype and an ulp is that of max|truth| in that dtype. It asks no
+more of a kernel than PyTorch itself reaches, and none of its constants is tuned. (The form is flash-attention's.)
 
-A kernel is put to it in families of cases, FAMILIES: other shapes, other layouts in memory, other numbers, a second
-time, between canaries.
+A kernel goes through families of cases, FAMILIES: shapes, layouts in memory, numbers, a second run, canaries.
 """
 
 import contextlib
@@ -21,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dispatch import Backend, use_backend
+from ._backend import Backend, use_backend
 from ._registry import Case, KernelSpec
 
 OUTPUT_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 2.0
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One comparison. name: an output, or "d" and the argument whose gradient it is; error, allowed: absolute.
 
     dtype: of the result; case_dtype: of the inputs, which a loss in float32 does not share.
@@ -69,14 +67,16 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return (a.double() - b).abs().max().item() if b.numel() else 0.0
 
 
-def compare(kernel: str, case: Case, name: str, got: Tensor, eager: Tensor, truth: Tensor, *, gradient: bool) -> Row:
-    """One row of proof. ValueError if shape or dtype of the kernel's result is not the eager one's."""
+def compare(
+    kernel: str, case: Case, name: str, got: Tensor, eager: Tensor, truth: Tensor, *, gradient: bool
+) -> Comparison:
+    """One comparison by the rule. ValueError if shape or dtype of the kernel's result is not the eager one's."""
     if got.shape != eager.shape or got.dtype != eager.dtype:
         raise ValueError(
             f"{kernel}: {name} is {got.dtype} {tuple(got.shape)}, eager gives {eager.dtype} {tuple(eager.shape)}"
         )
     allowed = budget(truth, eager, GRADIENT_FACTOR if gradient else OUTPUT_FACTOR)
-    return Row(kernel, case, eager.dtype, name, _distance(got, truth), allowed)
+    return Comparison(kernel, case, eager.dtype, name, _distance(got, truth), allowed)
 
 
 # --- running one case ------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def incoming_gradients(spec: KernelSpec, inputs: Mapping[str, Any], seed: int) -
 
 
 def _in_float64(t: Tensor) -> Tensor:
-    """What a kernel is given is already rounded to its dtype; the oracle starts from the same numbers."""
+    """The oracle starts from the numbers that the kernel gets, already rounded to its dtype."""
     return t.double() if t.is_floating_point() else t
 
 
@@ -139,11 +139,11 @@ def prove(
     values: Transform = lambda t: t,
     layout: Transform = lambda t: t,
     fn: Callable[..., Any] | None = None,
-) -> Iterator[Row]:
-    """Runs a kernel on a case and compares every output and gradient, under random incoming gradients.
+) -> Iterator[Comparison]:
+    """Run a kernel on a case and compare every output and gradient, under random incoming gradients.
 
     values: gives the floating-point inputs other numbers. layout: gives a tensor other strides; applied to the inputs
-    and the incoming gradients. fn: in place of the kernel's public function, to show that a wrong one is found.
+    and the incoming gradients. fn: replaces the kernel's public function, to show that the rule rejects a wrong one.
     """
     drawn = spec.inputs(case, dtype, device, seed)
     strided = _each(lambda t: layout(values(t) if t.is_floating_point() else t), drawn)
@@ -228,29 +228,25 @@ def guarded_memory() -> Iterator[Callable[[], int]]:
         torch.empty, torch.empty_like = empty, empty_like
 
 
-def _count(spec: KernelSpec, case: Case, dtype: torch.dtype, name: str, wrong: int) -> Row:
-    """A row about elements, of which none may be wrong."""
-    return Row(spec.name, case, dtype, name, float(wrong), 0.0)
+def _count(spec: KernelSpec, case: Case, dtype: torch.dtype, name: str, wrong: int) -> Comparison:
+    """A comparison that counts wrong elements and allows none."""
+    return Comparison(spec.name, case, dtype, name, float(wrong), 0.0)
 
 
-def _shapes(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
-    return prove(spec, case, dtype, device)
-
-
-def _layouts(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+def _layouts(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     for name, layout in LAYOUTS.items():
         for row in prove(spec, case, dtype, device, layout=layout):
             yield replace(row, case={**case, "layout": name})
 
 
-def _values(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+def _values(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     for name, values in VALUES.items():
         for row in prove(spec, case, dtype, device, values=functools.partial(values, spec)):
             yield replace(row, case={**case, "values": name})
 
 
-def _repeats(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
-    """A second run gives the same bits, and the inputs are as they were."""
+def _repeats(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    """A second run gives the same bits, and the inputs are unchanged."""
     inputs = spec.inputs(case, dtype, device)
     dy = incoming_gradients(spec, inputs, seed=1)
     before = {**_each(_plain, inputs), **_each(_plain, dy)}
@@ -262,16 +258,16 @@ def _repeats(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.dev
     yield _count(spec, case, dtype, "inputs changed", changed)
 
 
-def _memory(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
-    """Every element is written, none beyond: fresh memory is full of NaN and lies between canaries."""
+def _memory(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    """Every element is written and nothing beyond: fresh memory holds NaN between canaries."""
     with guarded_memory() as overwritten:
         yield from prove(spec, case, dtype, device)
         yield _count(spec, case, dtype, "canaries", overwritten())
 
 
-Family = Callable[[KernelSpec, Case, torch.dtype, torch.device], Iterator[Row]]
+Family = Callable[[KernelSpec, Case, torch.dtype, torch.device], Iterator[Comparison]]
 FAMILIES: dict[str, Family] = {
-    "shapes": _shapes,
+    "shapes": prove,
     "layouts": _layouts,
     "values": _values,
     "repeats": _repeats,
@@ -279,7 +275,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def prove_family(family: str, spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
-    """All rows of one kernel, case and dtype in one of FAMILIES."""
+def prove_family(
+    family: str, spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device
+) -> Iterator[Comparison]:
+    """All comparisons of one kernel, case and dtype in one of FAMILIES."""
     for row in FAMILIES[family](spec, case, dtype, device):
         yield replace(row, family=family, case_dtype=dtype)

@@ -1,4 +1,4 @@
-"""What a kernel declares about itself: tests, the check command and the benchmarks find every kernel here."""
+"""The registry of kernels: tests, the check command and the benchmarks find every kernel here."""
 
 import importlib
 import pkgutil
@@ -37,8 +37,8 @@ class KernelSpec:
     make_inputs: (case, draw) -> keyword arguments of fn.
     outputs: what fn returns, by name: one tensor, or a tuple of them.
     grads: the arguments whose gradients exist; none for an operator of inference only.
-    cases: small shapes, each with a word ``why`` on the path of the kernel that it reaches; the most telling one first,
-        which is the one that a quick check takes.
+    cases: small shapes, each with a word ``why`` on the path of the kernel that it reaches; the most telling one first:
+        a quick check runs only that.
     space: the values that each entry of a case may take; random tests draw any combination of them.
     large: factor of the inputs where large ones are tried; less for an operator whose own rounding grows with them.
     bench_cases: the shapes that matter for speed.
@@ -67,7 +67,7 @@ _specs: dict[str, KernelSpec] = {}
 
 
 def register(spec: KernelSpec) -> KernelSpec:
-    """Adds a kernel. ValueError if the name is taken."""
+    """Add a kernel. ValueError if the name is taken."""
     if spec.name in _specs:
         raise ValueError(f"a kernel named {spec.name!r} is registered already")
     _specs[spec.name] = spec

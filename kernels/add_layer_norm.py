@@ -18,39 +18,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import use_triton
-from ._dropout import dropout_keys, dropout_threshold, dropout_words, keep_mask, keep_tile, seed_tensor
+from ._dropout import dropout_hash, dropout_threshold, dropout_words, keep_mask, keep_tile, seed_tensor
 from ._launch import as_rows, launch, row_tile, sm_count
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
-from .layer_norm import check_affine, layer_norm, normalize, normalize_gradient, too_wide
+from .layer_norm import check_affine, layer_norm, normalize, normalize_gradient, tile_ptrs, too_wide
 
 STREAM = tl.constexpr(2**31 - 1)  # attention counts its streams, one a head, from 0
 
 
 @triton.jit
 def _add_layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, w_ptr, b_ptr, h_ptr, y_ptr, mean_ptr, rstd_ptr, seed_ptr,  # x, residual, h, y: (M, N)
-    stride_xm, stride_xn, stride_rm, stride_rn, M, N, eps, threshold, z,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, residual_ptr,  # (M, N)
+    affine,               # w, b: (N,), b or None
+    outputs,              # h, y: (M, N)  mean, rstd: (M,)
+    stride_x, stride_residual, M, N, eps,
+    dropout,              # seed: () or None, threshold, z
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    w_ptr, b_ptr = affine
+    h_ptr, y_ptr, mean_ptr, rstd_ptr = outputs
+    seed_ptr, threshold, z = dropout
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_m, mask_n = offs_m < M, offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
-    r_ptrs = residual_ptr + offs_m[:, None] * stride_rm + offs_n[None, :] * stride_rn
-    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
-    residual = tl.load(r_ptrs, mask=mask, other=0.0).to(tl.float32)
-    w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    residual_ptrs = tile_ptrs(residual_ptr, stride_residual, offs_m, offs_n)
+    x_ptrs = tile_ptrs(x_ptr, stride_x, offs_m, offs_n)
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)  # like x
+    w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)  # (BLOCK_N,)
 
-    if DROPOUT:
+    if seed_ptr is not None:
         s0, s1 = dropout_words(tl.load(seed_ptr), STREAM)
-        row_keys = dropout_keys(s0, offs_m.to(tl.int32))
-        column_keys = dropout_keys(s1, offs_n.to(tl.int32))
-        x = tl.where(keep_tile(row_keys[:, None], column_keys[None, :], threshold), x * z, 0.0)
+        row_hash = dropout_hash(s0, offs_m.to(tl.int32))
+        col_hash = dropout_hash(s1, offs_n.to(tl.int32))
+        x = tl.where(keep_tile(row_hash[:, None], col_hash[None, :], threshold), x * z, 0.0)
     h = (residual + x).to(h_ptr.dtype.element_ty)
     hhat, mean, rstd = normalize(h.to(tl.float32), mask_n, N, eps)
     y = hhat * w[None, :]
-    if HAS_BIAS:
+    if b_ptr is not None:
         y += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
     tl.store(h_ptr + offs_m[:, None] * N + offs_n[None, :], h, mask=mask)
@@ -61,17 +68,22 @@ def _add_layer_norm_fwd_kernel(
 
 @triton.jit
 def _add_layer_norm_bwd_kernel(
-    dy_ptr, dh_ptr, h_ptr, w_ptr, mean_ptr, rstd_ptr, seed_ptr,
-    dresidual_ptr, dx_ptr, dw_ptr, db_ptr,  # dw, db: (programs, N) float32 partial sums
-    stride_dym, stride_dyn, stride_dhm, stride_dhn, M, N, threshold, z,
-    DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, dh_ptr,       # (M, N)
+    saved,                # h: (M, N)  w: (N,)  mean, rstd: (M,)
+    gradients,            # dresidual, dx: (M, N)  dw, db: (programs, N) float32 partial sums
+    stride_dy, stride_dh, M, N,
+    dropout,              # seed: () or None, threshold, z
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    h_ptr, w_ptr, mean_ptr, rstd_ptr = saved
+    dresidual_ptr, dx_ptr, dw_ptr, db_ptr = gradients
+    seed_ptr, threshold, z = dropout
     pid = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_n = offs_n < N
-    if DROPOUT:
+    if seed_ptr is not None:
         s0, s1 = dropout_words(tl.load(seed_ptr), STREAM)
-        column_keys = dropout_keys(s1, offs_n.to(tl.int32))
+        col_hash = dropout_hash(s1, offs_n.to(tl.int32))
     dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # Row tiles in steps of the grid: a fixed number of programs bounds the partial sums, and their order is fixed.
@@ -80,21 +92,21 @@ def _add_layer_norm_bwd_kernel(
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
         dense = offs_m[:, None] * N + offs_n[None, :]  # h, dresidual and dx are ours: contiguous
-        dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
-        dh_ptrs = dh_ptr + offs_m[:, None] * stride_dhm + offs_n[None, :] * stride_dhn
-        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-        dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)
+        dy_ptrs = tile_ptrs(dy_ptr, stride_dy, offs_m, offs_n)
+        dh_ptrs = tile_ptrs(dh_ptr, stride_dh, offs_m, offs_n)
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+        dh = tl.load(dh_ptrs, mask=mask, other=0.0).to(tl.float32)  # like dy, as are h and dresidual
         h = tl.load(h_ptr + dense, mask=mask, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)  # from L1 each time: registers are short
-        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)  # (BLOCK_M,), as is rstd
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
 
         dresidual, hhat = normalize_gradient(dy, h, w, mean, rstd, mask, N)
         dresidual += dh
         tl.store(dresidual_ptr + dense, dresidual.to(dresidual_ptr.dtype.element_ty), mask=mask)
-        if DROPOUT:
-            row_keys = dropout_keys(s0, offs_m.to(tl.int32))
-            keep = keep_tile(row_keys[:, None], column_keys[None, :], threshold)
+        if seed_ptr is not None:
+            row_hash = dropout_hash(s0, offs_m.to(tl.int32))
+            keep = keep_tile(row_hash[:, None], col_hash[None, :], threshold)
             tl.store(dx_ptr + dense, tl.where(keep, dresidual * z, 0.0).to(dx_ptr.dtype.element_ty), mask=mask)
         dw += dy * hhat
         db += dy
@@ -117,9 +129,13 @@ def add_layer_norm_fwd(
     BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=4096)
     launch(
         _add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),),
-        rows, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(), h, y, mean, rstd, seed,
-        *rows.stride(), *residual_rows.stride(), M, N, eps, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-        HAS_BIAS=bias is not None, DROPOUT=seed is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+        rows,                                                                   # (M, N)
+        residual_rows,                                                          # (M, N)
+        (weight.contiguous(), None if bias is None else bias.contiguous()),     # (N,) each
+        (h, y, mean, rstd),                                                     # (M, N) twice, (M,) twice
+        rows.stride(), residual_rows.stride(), M, N, eps,
+        (seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),          # seed: ()
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
     )  # fmt: skip
     return y, h, mean, rstd
 
@@ -146,9 +162,13 @@ def add_layer_norm_bwd(
     db = torch.empty_like(dw)
     launch(
         _add_layer_norm_bwd_kernel, (programs,),
-        dy_rows, dh_rows, h, weight.contiguous(), mean, rstd, seed, dresidual, dx, dw, db,
-        *dy_rows.stride(), *dh_rows.stride(), M, N, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-        DROPOUT=seed is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+        dy_rows,                                                        # (M, N)
+        dh_rows,                                                        # (M, N)
+        (h, weight.contiguous(), mean, rstd),                           # (M, N), (N,), (M,), (M,)
+        (dresidual, dx, dw, db),                                        # (M, N) twice, (programs, N) twice
+        dy_rows.stride(), dh_rows.stride(), M, N,
+        (seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),  # seed: ()
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
     )  # fmt: skip
     return dresidual, dx, dw.sum(0), db.sum(0)
 

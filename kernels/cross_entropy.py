@@ -7,7 +7,8 @@
     dx_iv = dloss / count * (p_iv - [v = t_i]),    p_iv = exp(x_iv - m_i) / l_i,    0 in ignored rows
 
 Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) over tiles of the row, so rows may have any length.
-m and l are kept apart because their sum loses what is small beside a large m: p would be off by half an ulp of m.
+m and l are stored separately because their sum loses what is small next to a large m: p would be off by half an ulp of
+m.
 
 logits x, dx: (M, V) in one dtype; targets t: (M,) int64; m, l: (M,) float32; all arithmetic in float32.
 Bytes that must cross memory: forward reads x; backward reads x and writes dx.
@@ -46,7 +47,7 @@ def rows_forward(
     x_ptrs, t_ptrs, stride_xv, mask_m, V, V_ROW, ignore_index, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """loss, m, l, t of the BLOCK_M rows that begin at x_ptrs. A target that is no class makes loss and l NaN."""
-    t = tl.load(t_ptrs, mask=mask_m, other=0)
+    t = tl.load(t_ptrs, mask=mask_m, other=0)  # (BLOCK_M,), as are x_t, m_i, l_i and loss
     is_class = (t >= 0) & (t < V)
     x_t = tl.load(x_ptrs + t * stride_xv, mask=mask_m & is_class, other=0.0).to(tl.float32)
 
@@ -54,7 +55,7 @@ def rows_forward(
     l_i = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for start in range(0, V, BLOCK_V):
         offs_v = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
-        x = _logits_tile(x_ptrs, stride_xv, mask_m, offs_v, V, V_ROW)
+        x = _logits_tile(x_ptrs, stride_xv, mask_m, offs_v, V, V_ROW)  # (BLOCK_M, BLOCK_V)
         m_new = tl.maximum(m_i, tl.max(x, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no finite logit yet: exp(-inf - 0) = 0, not NaN
         l_i = l_i * tl.exp(m_i - m_safe) + tl.sum(tl.exp(x - m_safe[:, None]), 1)
@@ -68,15 +69,14 @@ def rows_forward(
 
 @triton.jit
 def rows_backward(
-    x_ptrs, dx_ptrs, t, m_i, l_i, scale, stride_xv, mask_m, V, V_ROW, ignore_index,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    x_ptrs, dx_ptrs, t, m_i, l_i, scale, stride_xv, mask_m, V, V_ROW, ignore_index, BLOCK_V: tl.constexpr
 ):  # fmt: skip
     """Writes scale * (p - [v = t]), 0 in ignored rows, to the contiguous rows at dx_ptrs, which may be x_ptrs."""
     ignored = t == ignore_index
     r_i = 1.0 / l_i
     for start in range(0, V, BLOCK_V):
         offs_v = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
-        x = _logits_tile(x_ptrs, stride_xv, mask_m, offs_v, V, V_ROW)
+        x = _logits_tile(x_ptrs, stride_xv, mask_m, offs_v, V, V_ROW)  # (BLOCK_M, BLOCK_V), as are p and dx
         p = tl.exp(x - m_i[:, None]) * r_i[:, None]
         dx = scale * (p - tl.where(offs_v[None, :] == t[:, None], 1.0, 0.0))
         dx = tl.where(ignored[:, None], 0.0, dx)
@@ -87,12 +87,12 @@ def rows_backward(
 @triton.jit
 def _cross_entropy_fwd_kernel(
     x_ptr, t_ptr, loss_ptr, m_ptr, l_ptr,  # x: (M, V)  t, loss, m, l: (M,)
-    stride_xm, stride_xv, M, V, ignore_index, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    stride_x, M, V, ignore_index, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     loss, m_i, l_i, _ = rows_forward(
-        x_ptr + offs_m * stride_xm, t_ptr + offs_m, stride_xv, mask_m, V, V, ignore_index, BLOCK_M, BLOCK_V
+        x_ptr + offs_m * stride_x[0], t_ptr + offs_m, stride_x[1], mask_m, V, V, ignore_index, BLOCK_M, BLOCK_V
     )
     tl.store(loss_ptr + offs_m, loss, mask=mask_m)
     tl.store(m_ptr + offs_m, m_i, mask=mask_m)
@@ -102,16 +102,16 @@ def _cross_entropy_fwd_kernel(
 @triton.jit
 def _cross_entropy_bwd_kernel(
     scale_ptr, x_ptr, t_ptr, m_ptr, l_ptr, dx_ptr,  # x, dx: (M, V)  t, m, l: (M,)  scale: ()
-    stride_xm, stride_xv, M, V, ignore_index, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    stride_x, M, V, ignore_index, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    t = tl.load(t_ptr + offs_m, mask=mask_m, other=0)
+    t = tl.load(t_ptr + offs_m, mask=mask_m, other=0)  # (BLOCK_M,), as are m_i and l_i
     m_i = tl.load(m_ptr + offs_m, mask=mask_m, other=0.0)
     l_i = tl.load(l_ptr + offs_m, mask=mask_m, other=1.0)
     rows_backward(
-        x_ptr + offs_m * stride_xm, dx_ptr + offs_m * V, t, m_i, l_i, tl.load(scale_ptr), stride_xv, mask_m, V, V,
-        ignore_index, BLOCK_M, BLOCK_V,
+        x_ptr + offs_m * stride_x[0], dx_ptr + offs_m * V, t, m_i, l_i, tl.load(scale_ptr), stride_x[1], mask_m, V, V,
+        ignore_index, BLOCK_V,
     )  # fmt: skip
 
 
@@ -129,7 +129,12 @@ def cross_entropy_fwd(logits: Tensor, targets: Tensor, ignore_index: int) -> tup
     options = tile(V)
     launch(
         _cross_entropy_fwd_kernel, (triton.cdiv(M, options["BLOCK_M"]),),
-        logits, targets.contiguous(), losses, m, l, *logits.stride(), M, V, ignore_index, **options,
+        logits,                 # (M, V)
+        targets.contiguous(),   # (M,)
+        losses,                 # (M,)
+        m,                      # (M,)
+        l,                      # (M,)
+        logits.stride(), M, V, ignore_index, **options,
     )  # fmt: skip
     return losses.sum() / target_count(targets, ignore_index), m, l
 
@@ -150,7 +155,13 @@ def cross_entropy_bwd(
     options = tile(V)
     launch(
         _cross_entropy_bwd_kernel, (triton.cdiv(M, options["BLOCK_M"]),),
-        scale, logits, targets.contiguous(), m, l, dlogits, *logits.stride(), M, V, ignore_index, **options,
+        scale,                  # ()
+        logits,                 # (M, V)
+        targets.contiguous(),   # (M,)
+        m,                      # (M,)
+        l,                      # (M,)
+        dlogits,                # (M, V)
+        logits.stride(), M, V, ignore_index, **options,
     )  # fmt: skip
     return dlogits
 

@@ -15,11 +15,11 @@ All in base 2, exp(x) = exp2(x log2 e), because the GPU has one instruction for 
 
 q, o: (B, H, D), k, v: (B, H, S, D), in one dtype; lengths: (B,). Of several parts: o_i: (B, H, splits, D), lse_i:
 (B, H, splits), float32, lse_i in base 2; with one part o is written at once. For inference: there is no backward.
-Bytes that must cross memory: the keys and values below the lengths; q and o are small beside them.
+Bytes that must cross memory: the keys and values below the lengths; q and o are small compared with them.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +29,25 @@ from ._dispatch import use_triton
 from ._launch import launch, sm_count
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
-from .attention import head_too_wide
+from .attention import why_unsupported
 
 MAX_SPLITS = 32  # one program puts them together, in registers
 _PROGRAMS_PER_SM = 8  # of 128 threads each: enough loads in flight to keep the memory busy
 
 
-def _tile(head_dim: int) -> dict[str, int]:
-    """Tile of keys and launch options by padded head size: 2,048 elements, 16 a thread of each of k, v and acc."""
+class Meta(NamedTuple):
+    """Compile-time constants of one launch."""
+
+    D: int
+    SPLIT: bool
+    BLOCK_N: int
+    BLOCK_D: int
+
+
+def _tile(head_dim: int) -> tuple[int, int]:
+    """(BLOCK_N, BLOCK_D) by padded head size: 2,048 elements, with 4 warps 16 a thread of each of k, v and acc."""
     BLOCK_D = max(16, triton.next_power_of_2(head_dim))
-    return {"BLOCK_N": min(128, 2048 // BLOCK_D), "BLOCK_D": BLOCK_D, "num_warps": 4}
+    return min(128, 2048 // BLOCK_D), BLOCK_D
 
 
 @triton.jit
@@ -56,11 +65,18 @@ def _merge(acc, m_i, l_i):
 
 @triton.jit
 def _decode_attention_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, o_ptr, lse_ptr,  # o: (B, H, splits, D)  lse: (B, H, splits), not with one split
-    stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
-    stride_vb, stride_vh, stride_vs, stride_vd, stride_l, H, S, qk_scale,
-    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, stride_q,  # (B, H, D)
+    k_ptr, stride_k, v_ptr, stride_v,  # (B, H, S, D)
+    lengths,  # lengths_ptr: (B,), its stride
+    parts,  # o_ptr: (B, H, splits, D), lse_ptr: (B, H, splits), or None with one split
+    H, S, qk_scale,
+    META: tl.constexpr,
 ):  # fmt: skip
+    D: tl.constexpr = META.D
+    BLOCK_N: tl.constexpr = META.BLOCK_N
+    BLOCK_D: tl.constexpr = META.BLOCK_D
+    lengths_ptr, stride_l = lengths
+    o_ptr, lse_ptr = parts
     bh, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     # Whole tiles of the keys that are there, in equal shares: whatever the length, as many programs as can have work.
@@ -72,9 +88,9 @@ def _decode_attention_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     cols, mask_d = offs_d.to(tl.int64), offs_d < D
     offs_n = start + tl.arange(0, BLOCK_N)
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    q = tl.load(q_ptr + b * stride_qb + h * stride_qh + cols * stride_qd, mask=mask_d, other=0.0).to(tl.float32)
+    k_ptr += b * stride_k[0] + h * stride_k[1]
+    v_ptr += b * stride_v[0] + h * stride_v[1]
+    q = tl.load(q_ptr + b * stride_q[0] + h * stride_q[1] + cols * stride_q[2], mask=mask_d, other=0.0).to(tl.float32)
 
     # Each row of the tile has its own online softmax over every BLOCK_N-th key; they meet once, after the loop.
     acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
@@ -84,15 +100,15 @@ def _decode_attention_kernel(
         mask_n = offs_n < stop
         mask = mask_n[:, None] & mask_d[None, :]
         rows = offs_n.to(tl.int64)  # and no tile of pointers kept from turn to turn: it would fill the registers
-        k_ptrs = k_ptr + rows[:, None] * stride_ks + cols[None, :] * stride_kd
-        v_ptrs = v_ptr + rows[:, None] * stride_vs + cols[None, :] * stride_vd
-        k = tl.load(k_ptrs, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
-        s = tl.sum(k * q[None, :], 1)
+        k_ptrs = k_ptr + rows[:, None] * stride_k[2] + cols[None, :] * stride_k[3]
+        v_ptrs = v_ptr + rows[:, None] * stride_v[2] + cols[None, :] * stride_v[3]
+        k = tl.load(k_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
+        v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
+        s = tl.sum(k * q[None, :], 1)  # (BLOCK_N,)
         s = tl.where(mask_n, s, float("-inf"))
         m_new = tl.maximum(m_i, s * qk_scale)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no finite score yet: exp2(-inf - 0) = 0, not NaN
-        p = tl.exp2(s * qk_scale - m_safe)
+        p = tl.exp2(s * qk_scale - m_safe)  # (BLOCK_N,)
         alpha = tl.exp2(m_i - m_safe)
         l_i = l_i * alpha + p
         acc = acc * alpha[:, None] + p[:, None] * v
@@ -102,7 +118,7 @@ def _decode_attention_kernel(
     o, lse = _merge(acc, m_i, l_i)
     part = bh.to(tl.int64) * splits + split
     tl.store(o_ptr + part * D + cols, o.to(o_ptr.dtype.element_ty), mask=mask_d)
-    if SPLIT:
+    if META.SPLIT:
         tl.store(lse_ptr + part, lse)
 
 
@@ -126,25 +142,44 @@ def _decode_attention_merge_kernel(
 def decode_attention_fwd(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """q: (B, H, D), k_cache, v_cache: (B, H, S, D), lengths: (B,) integers, any strides -> o: (B, H, D) contiguous."""
     B, H, S, D = k_cache.shape
-    tile = _tile(D)
+    BLOCK_N, BLOCK_D = _tile(D)
     wanted = triton.cdiv(_PROGRAMS_PER_SM * sm_count(q.device), max(1, B * H))
-    splits = max(1, min(wanted, triton.cdiv(S, tile["BLOCK_N"]), MAX_SPLITS))
+    splits = max(1, min(wanted, triton.cdiv(S, BLOCK_N), MAX_SPLITS))
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     parts, lse = o, None
     if splits > 1:
         parts = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
         lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
     launch(
-        _decode_attention_kernel, (B * H, splits),
-        q, k_cache, v_cache, lengths, parts, lse,
-        *q.stride(), *k_cache.stride(), *v_cache.stride(), *lengths.stride(), H, S, D**-0.5 * math.log2(math.e),
-        D=D, SPLIT=splits > 1, **tile,
-    )  # fmt: skip
+        _decode_attention_kernel,
+        (B * H, splits),
+        q,  # (B, H, D)
+        q.stride(),
+        k_cache,  # (B, H, S, D)
+        k_cache.stride(),
+        v_cache,  # (B, H, S, D)
+        v_cache.stride(),
+        (lengths, lengths.stride(0)),  # (B,)
+        (parts, lse),  # (B, H, splits, D), (B, H, splits)
+        H,
+        S,
+        D**-0.5 * math.log2(math.e),
+        META=Meta(D, splits > 1, BLOCK_N, BLOCK_D),
+        num_warps=4,
+    )
     if splits > 1:
         launch(
-            _decode_attention_merge_kernel, (B * H,), parts, lse, o, splits,
-            D=D, BLOCK_S=MAX_SPLITS, BLOCK_D=tile["BLOCK_D"], num_warps=4,
-        )  # fmt: skip
+            _decode_attention_merge_kernel,
+            (B * H,),
+            parts,  # (B, H, splits, D)
+            lse,  # (B, H, splits)
+            o,  # (B, H, D)
+            splits,
+            D=D,
+            BLOCK_S=MAX_SPLITS,
+            BLOCK_D=BLOCK_D,
+            num_warps=4,
+        )
     return o
 
 
@@ -189,7 +224,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
         raise ValueError(
             f"decode_attention: lengths must be ({B},) int64 or int32, got {tuple(lengths.shape)} {lengths.dtype}"
         )
-    if use_triton("decode_attention", q, head_too_wide(D), H=H, D=D, S=k_cache.shape[2]):
+    if use_triton("decode_attention", q, why_unsupported(D), H=H, D=D, S=k_cache.shape[2]):
         return decode_attention_fwd(q, k_cache, v_cache, lengths)
     return _eager(q, k_cache, v_cache, lengths)
 

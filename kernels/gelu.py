@@ -23,6 +23,7 @@ from ._dispatch import use_triton
 from ._launch import as_rows, launch, sm_count
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
+from .layer_norm import tile_ptrs
 
 APPROXIMATIONS = ("tanh", "none")
 # 256 columns make every access of a row whole 128-byte lines; 16 elements a thread.
@@ -57,14 +58,15 @@ def _gelu_gradient(h, TANH: tl.constexpr):
 
 @triton.jit
 def _bias_gelu_fwd_kernel(
-    x_ptr, b_ptr, y_ptr, stride_xm, stride_xn, M, N,  # x, y: (M, N)  b: (N,)
-    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, b_ptr, y_ptr, stride_x, M, N,  # x, y: (M, N)  b: (N,) or None
+    TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    h = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
+    x_ptrs = tile_ptrs(x_ptr, stride_x, offs_m, offs_n)
+    h = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    if b_ptr is not None:
         h += tl.load(b_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     y = _gelu(h, TANH)
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -72,32 +74,31 @@ def _bias_gelu_fwd_kernel(
 
 @triton.jit
 def _bias_gelu_bwd_kernel(
-    dy_ptr, x_ptr, b_ptr, dx_ptr, db_ptr,  # dy, x, dx: (M, N)  b: (N,)  db: (programs, N) float32 partial sums
-    stride_dym, stride_dyn, stride_xm, stride_xn, M, N,
-    HAS_BIAS: tl.constexpr, TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, x_ptr, b_ptr, dx_ptr, db_ptr,  # dy, x, dx: (M, N)  b: (N,) or None  db: (programs, N) float32 partial sums
+    stride_dy, stride_x, M, N, TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    if HAS_BIAS:
+    if b_ptr is not None:
         b = tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # Row tiles in steps of the grid: a fixed number of programs bounds the partial sums, and their order is fixed.
     offs_m = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     for _ in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         mask = (offs_m < M)[:, None] & mask_n[None, :]
-        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :] * stride_xn
-        dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
-        h = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        x_ptrs = tile_ptrs(x_ptr, stride_x, offs_m, offs_n)
+        dy_ptrs = tile_ptrs(dy_ptr, stride_dy, offs_m, offs_n)
+        h = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N), as are dy and dx
         dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)  # 0 past M: such rows add nothing to db
-        if HAS_BIAS:
+        if b_ptr is not None:
             h += b[None, :]
         dx = dy * _gelu_gradient(h, TANH)
         tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if HAS_BIAS:
+        if b_ptr is not None:
             db += dx
         offs_m += tl.num_programs(0) * BLOCK_M
-    if HAS_BIAS:
+    if b_ptr is not None:
         tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
 
 
@@ -109,8 +110,11 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
         _bias_gelu_fwd_kernel, (triton.cdiv(M, _BLOCK_M), triton.cdiv(N, _BLOCK_N)),
-        rows, None if bias is None else bias.contiguous(), y, *rows.stride(), M, N,
-        HAS_BIAS=bias is not None, TANH=approximate == "tanh", BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=_WARPS,
+        rows,                                           # (M, N)
+        None if bias is None else bias.contiguous(),    # (N,)
+        y,                                              # (M, N)
+        rows.stride(), M, N,
+        TANH=approximate == "tanh", BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=_WARPS,
     )  # fmt: skip
     return y
 
@@ -131,8 +135,13 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) 
     db = torch.empty((programs, 0 if bias is None else N), dtype=torch.float32, device=x.device)
     launch(
         _bias_gelu_bwd_kernel, (programs, columns),
-        dy_rows, rows, None if bias is None else bias.contiguous(), dx, db, *dy_rows.stride(), *rows.stride(), M, N,
-        HAS_BIAS=bias is not None, TANH=approximate == "tanh", BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=_WARPS,
+        dy_rows,                                        # (M, N)
+        rows,                                           # (M, N)
+        None if bias is None else bias.contiguous(),    # (N,)
+        dx,                                             # (M, N)
+        db,                                             # (programs, N)
+        dy_rows.stride(), rows.stride(), M, N,
+        TANH=approximate == "tanh", BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=_WARPS,
     )  # fmt: skip
     return dx, db.sum(0)
 

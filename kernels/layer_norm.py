@@ -26,11 +26,17 @@ MAX_N = 32768  # one row is held in the registers of one program
 
 
 @triton.jit
+def tile_ptrs(x_ptr, stride_x, offs_m, offs_n):
+    """(BLOCK_M, BLOCK_N) pointers into x: (M, N) with strides stride_x."""
+    return x_ptr + offs_m[:, None] * stride_x[0] + offs_n[None, :] * stride_x[1]
+
+
+@triton.jit
 def normalize(x, mask_n, N, eps):
     """xhat, mean and rstd of a tile of rows. x: (BLOCK_M, BLOCK_N) float32, zero where mask_n (BLOCK_N,) is not set."""
-    mean = tl.sum(x, 1) / N
+    mean = tl.sum(x, 1) / N  # (BLOCK_M,)
     xc = tl.where(mask_n[None, :], x - mean[:, None], 0.0)  # masked lanes would hold -mean
-    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / N + eps)
+    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / N + eps)  # (BLOCK_M,)
     return xc * rstd[:, None], mean, rstd
 
 
@@ -39,27 +45,27 @@ def normalize_gradient(dy, x, w, mean, rstd, mask, N):
     """dx and xhat of a tile of rows. dy, x: (BLOCK_M, BLOCK_N) float32, dy zero where mask is not set."""
     xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
     g = dy * w[None, :]
-    c1 = tl.sum(g, 1) / N
+    c1 = tl.sum(g, 1) / N  # (BLOCK_M,), as is c2
     c2 = tl.sum(g * xhat, 1) / N
     return (g - c1[:, None] - xhat * c2[:, None]) * rstd[:, None], xhat
 
 
 @triton.jit
 def _layer_norm_fwd_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr,  # x, y: (M, N)  w, b: (N,)  mean, rstd: (M,)
-    stride_xm, stride_xn, M, N, eps,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, y_ptr, mean_ptr, rstd_ptr,  # x, y: (M, N)  w, b: (N,), b or None  mean, rstd: (M,)
+    stride_x, M, N, eps, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_m, mask_n = offs_m < M, offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
-    x = tl.load(x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
-    w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    x_ptrs = tile_ptrs(x_ptr, stride_x, offs_m, offs_n)
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+    w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)  # (BLOCK_N,)
 
     xhat, mean, rstd = normalize(x, mask_n, N, eps)
     y = xhat * w[None, :]
-    if HAS_BIAS:
+    if b_ptr is not None:
         y += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -69,14 +75,17 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dw_ptr, db_ptr,  # dw, db: (programs, N) float32 partial sums
-    stride_dym, stride_dyn, stride_xm, stride_xn, M, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, x_ptr, w_ptr,  # dy, x: (M, N)  w: (N,)
+    statistics,            # mean, rstd: (M,)
+    gradients,             # dx: (M, N)  dw, db: (programs, N) float32 partial sums
+    stride_dy, stride_x, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    mean_ptr, rstd_ptr = statistics
+    dx_ptr, dw_ptr, db_ptr = gradients
     pid = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     mask_n = offs_n < N
-    w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)  # (BLOCK_N,)
     dw = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # Row tiles in steps of the grid: a fixed number of programs bounds the partial sums, and their order is fixed.
@@ -84,11 +93,11 @@ def _layer_norm_bwd_kernel(
     for _ in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
-        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_n[None, :] * stride_xn
-        dy_ptrs = dy_ptr + offs_m[:, None] * stride_dym + offs_n[None, :] * stride_dyn
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
+        x_ptrs = tile_ptrs(x_ptr, stride_x, offs_m, offs_n)
+        dy_ptrs = tile_ptrs(dy_ptr, stride_dy, offs_m, offs_n)
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
+        dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)  # like x, as are dx and xhat
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)  # (BLOCK_M,)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)  # 0 -> xhat = 0 on the rows past M
 
         dx, xhat = normalize_gradient(dy, x, w, mean, rstd, mask, N)
@@ -111,9 +120,14 @@ def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
     BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=4096)
     launch(
         _layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),),
-        rows, weight.contiguous(), None if bias is None else bias.contiguous(), y, mean, rstd,
-        *rows.stride(), M, N, eps,
-        HAS_BIAS=bias is not None, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+        rows,                                           # (M, N)
+        weight.contiguous(),                            # (N,)
+        None if bias is None else bias.contiguous(),    # (N,)
+        y,                                              # (M, N)
+        mean,                                           # (M,)
+        rstd,                                           # (M,)
+        rows.stride(), M, N, eps,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -136,7 +150,12 @@ def layer_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Te
     db = torch.empty_like(dw)
     launch(
         _layer_norm_bwd_kernel, (programs,),
-        dy_rows, rows, weight.contiguous(), mean, rstd, dx, dw, db, *dy_rows.stride(), *rows.stride(), M, N,
+        dy_rows,                # (M, N)
+        rows,                   # (M, N)
+        weight.contiguous(),    # (N,)
+        (mean, rstd),           # (M,) each
+        (dx, dw, db),           # (M, N), (programs, N) twice
+        dy_rows.stride(), rows.stride(), M, N,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
     )  # fmt: skip
     return dx, dw.sum(0), db.sum(0)
@@ -166,7 +185,7 @@ layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def too_wide(x: Tensor) -> str | None:
-    """Why rows of x do not fit the kernel, in words, or None where they do."""
+    """Why rows of x do not fit the kernel, as a message, or None where they do."""
     return f"rows of {x.shape[-1]} are longer than the kernel's {MAX_N}" if x.shape[-1] > MAX_N else None
 
 

@@ -50,7 +50,7 @@ def _loss_kernel(
     tl.store(loss_ptr + offs_m, loss, mask=mask_m)
     if GRADIENT:
         tl.debug_barrier()  # every thread has read what another one is about to overwrite
-        rows_backward(x_ptrs, x_ptrs, t, m_i, l_i, 1.0, 1, mask_m, V, stride_xm, ignore_index, BLOCK_M, BLOCK_V)
+        rows_backward(x_ptrs, x_ptrs, t, m_i, l_i, 1.0, 1, mask_m, V, stride_xm, ignore_index, BLOCK_V)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def chunk_rows(M: int, row_bytes: int, device: torch.device) -> int:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b in float32. Nothing where launches are only written down: quick at any width."""
+    """out = a @ b, or out += a @ b in float32. Skipped while launches are only recorded: quick at any width."""
     if recording():
         return
     if not add:
@@ -107,7 +107,11 @@ def linear_cross_entropy_fwd(
         _multiply(x[chunk], w.T, g)
         launch(
             _loss_kernel, (triton.cdiv(m, options["BLOCK_M"]),),
-            g, targets[chunk], losses[chunk], V_ROW, m, V, ignore_index, GRADIENT=need_dx or need_dw, **options,
+            g,                  # (m, V) in rows of V_ROW
+            targets[chunk],     # (m,)
+            losses[chunk],      # (m,)
+            V_ROW, m, V, ignore_index,
+            GRADIENT=need_dx or need_dw, **options,
         )  # fmt: skip
         if need_dx:
             _multiply(g, w, dx[chunk])
@@ -134,7 +138,11 @@ def linear_cross_entropy_bwd(
     for g, y in zip((dx, dw), scaled, strict=True):
         # One pass in float32: PyTorch would round the factor to dx.dtype first, where float16 has no 1 / 65536.
         launch(
-            _scale_kernel, (triton.cdiv(g.numel(), _SCALE_BLOCK),), scale, g, y, g.numel(),
+            _scale_kernel, (triton.cdiv(g.numel(), _SCALE_BLOCK),),
+            scale,              # ()
+            g,                  # (M, C) or (V, C)
+            y,                  # like g
+            g.numel(),
             BLOCK_N=_SCALE_BLOCK, num_warps=8,
         )  # fmt: skip
     return scaled
@@ -168,9 +176,7 @@ def lm_logits(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T: (..., C), (V, C) any floating dtype -> (..., V) in x.dtype; it may be a view of wider rows."""
     weight, (V, C) = weight.to(x.dtype), weight.shape
     if not x.is_cuda or x.numel() < 512 * C:
-        return F.linear(
-            x, weight
-        )  # a CPU gains nothing, and for a few rows the padded copy costs more than the product
+        return F.linear(x, weight)  # no gain on a CPU; for a few rows the padded copy costs more than the product
     # Rows of zeros up to a multiple of 128: 50,257 columns are odd, and the tensor cores' fast tiles need aligned rows
     # of logits. The crop keeps the padding out of the softmax.
     return F.linear(x, F.pad(weight, (0, 0, 0, -V % 128)))[..., :V]

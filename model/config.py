@@ -14,7 +14,7 @@ ACTIVATIONS = {"gelu_new": "tanh", "gelu": "none"}  # Hugging Face's name -> the
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """All that fixes a model but its weights. Raises ValueError for values that make no model."""
+    """Everything that defines a model except its weights. Raises ValueError for invalid values."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -63,7 +63,7 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
-        """The inverse of to_dict. Keys left out keep their defaults; unknown keys raise ValueError, by name."""
+        """The inverse of to_dict. Missing keys take their defaults; unknown keys raise a ValueError that names them."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown model settings: {', '.join(unknown)} (known: {', '.join(sorted(known))})")

@@ -6,8 +6,7 @@
     loss = mean of -log p(token | tokens before it in its window)     perplexity = exp(loss)
     bits per byte = loss / log(2) * tokens / bytes                    comparable between tokenizers
 
-The text is cut into windows of the model's context that do not overlap, so the first tokens of each are predicted from
-little: a model with a longer context gains from that alone.
+The text is split into windows of the model's context that do not overlap: a longer context alone lowers the loss.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from model import data
 from model.checkpoint import load_model
 from model.cli import UserError, pick_device, run
 from model.data.shards import Tokens
-from model.gpt import GPT, IGNORE
+from model.gpt import GPT, IGNORE_INDEX
 from model.training import parallel
 from model.training.parallel import World
 
@@ -41,24 +40,23 @@ def evaluate(
     max_windows: int | None = None,
     world: World | None = None,
 ) -> float:
-    """Mean loss in nats of `model` over `tokens`, ids in one row.
+    """Mean loss in nats of `model` over `tokens`, (n,) ids.
 
-    max_windows: take at most so many windows of `context` tokens, spread evenly over the text; always the same ones, so
-    that two results compare, whatever the batch size. The model is in evaluation mode meanwhile, and afterwards in the
-    mode it had; no random number is drawn. world: processes that share the batches; all get the mean of all. Raises
-    UserError for less than two tokens.
+    max_windows: at most so many windows of `context` tokens, spread evenly over the text and always the same. The model
+    is in evaluation mode meanwhile. world: processes that share the batches; all get the mean of all. Raises UserError
+    for fewer than two tokens.
     """
     world = world or World(0, 1, 0, torch.device("cpu"))
     device = next(model.parameters()).device
-    total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets; summed there: one wait at the end
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, targets: on the device, for one wait at the end
     was_training = model.training
     model.eval()
     try:
         batches = data.windows(tokens, context, batch_size, max_windows)
-        for (idx, targets), counts in parallel.turns(batches, world):
+        for (idx, targets), counts in parallel.shard_batches(batches, world):
             _, loss = model(idx.to(device), targets.to(device))
             if counts:
-                n = int((targets != IGNORE).sum())
+                n = int((targets != IGNORE_INDEX).sum())
                 total += torch.stack([loss.double() * n, torch.full_like(total[1], n)])
     finally:
         model.train(was_training)
@@ -67,12 +65,12 @@ def evaluate(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss): among so many equally likely tokens a guess is as hard. inf where a float cannot hold it."""
+    """exp(loss): the number of equally likely tokens that would be as hard to guess; inf on overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def bits_per_byte(loss: float, tokens: int, n_bytes: int) -> float:
-    """loss in nats per token -> bits per byte of UTF-8, for a text of so many tokens and bytes."""
+    """Loss in nats per token -> bits per byte of UTF-8, for a text of `tokens` tokens and `n_bytes` bytes."""
     return loss / math.log(2) * tokens / n_bytes
 
 
@@ -90,10 +88,10 @@ class EvaluateConfig:
     """Measure how well the model of a run predicts a text."""
 
     run: tyro.conf.Positional[Path]  # folder of a training run
-    data: Source = None  # text file, or folder of them; without it the validation text of the run
-    which: str = "best"  # checkpoint: last, best (lowest validation loss), or a name such as step-00000100
-    batch_size: int = 16  # windows at once: what memory has to hold
-    max_windows: int | None = None  # measure on so many windows at most, spread over the text
+    data: Source = None  # text file, or folder of them; default: the validation text of the run
+    checkpoint: str = "best"  # last, best (lowest validation loss), or a name such as step-00000100
+    batch_size: int = 16  # windows in memory at a time
+    max_windows: int | None = None  # maximum windows to measure on, spread over the text
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
 
 
@@ -101,7 +99,7 @@ def main(cfg: EvaluateConfig) -> None:
     for name in ("batch_size", "max_windows"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    model, tokenizer = load_model(cfg.run, pick_device(cfg.device), which=cfg.which)
+    model, tokenizer = load_model(cfg.run, pick_device(cfg.device), name=cfg.checkpoint)
     with tempfile.TemporaryDirectory() as temporary:
         if cfg.data is None:
             text = data.load(cfg.run / "data")
@@ -117,4 +115,4 @@ def main(cfg: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, EvaluateConfig, prog="python -m model.evaluate")
+    run(main, EvaluateConfig, prog="python -m model.evaluate", aliases={"--which": "--checkpoint"})

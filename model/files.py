@@ -1,8 +1,8 @@
 """Files and folders that appear whole or not at all.
 
-A file is written under a temporary name in its own folder and renamed. `durable` also flushes the file and the folder
-to the disk: after a power cut either the old or the new content is there. A crash leaves only names that begin with
-`.tmp-`.
+Each is written under a temporary name next to its place and renamed. `durable` also flushes it and its folder to the
+disk: after a power cut either the old or the new content is there. A crash leaves a file whose name begins with
+`.tmp-`, or a folder with the temporary name that the caller chose.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,32 @@ def write_file(path: Path, data: bytes | str, *, durable: bool = False) -> None:
             os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def new_folder(path: Path, temporary: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield the new folder `temporary` to fill; it is renamed to `path` at the end, or removed after an error.
+
+    The caller flushes the files in it. A folder at `path` is replaced; a crash in between leaves the old one as
+    `temporary` with `-old` behind its name. OSErrors without a file name are given that of `path`.
+    """
+    temporary.mkdir(parents=True)
+    old = temporary.with_name(f"{temporary.name}-old")
+    try:
+        with named_errors(path):
+            yield temporary
+        if durable:
+            fsync_folder(temporary)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if durable:
+        fsync_folder(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in a folder durable. Windows cannot open a folder, and its file system needs no such call."""
     if os.name == "posix":
@@ -57,7 +84,7 @@ def fsync_folder(folder: Path) -> None:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with named_errors(path), path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -5,17 +5,18 @@
     x = x + mlp(ln_2(x))
     logits = ln_f(x) @ wte.T        loss = mean over targets of -log softmax(logits)[target]
 
-B: batch, T: tokens, C: n_embd, H: heads, V: vocabulary. Attention, LayerNorm, GELU and the loss come from `kernels`,
-which knows what runs on which device. Two pairs of lines above are one operator each: adding to x and normalising it
-for whoever reads it next is one pass over memory, and the loss takes the logits a part at a time and keeps none.
+B: batch, T: tokens, C: n_embd, H: heads, D: head size, V: vocabulary. Attention, LayerNorm, GELU and the loss come
+from `kernels`, which decides what runs on which device. Each residual add is fused with the LayerNorm that follows it,
+so a block takes (ln_1(x), x) and returns (the next LayerNorm of x, x); the output head is fused with the loss, which
+never stores the logits.
 
-Precision is explicit: parameters are float32, activations live in the one dtype given to GPT(config, dtype), and a
-weight is cast to it where it is used. In float32 that cast is free; elsewhere training keeps the copies of the matrices
-from one update to the next (`keep_working_weights`).
+Precision is explicit: parameters are float32, activations have the one dtype given to GPT(config, dtype), and a weight
+is cast to it where it is used. In float32 the cast is free; in 16 bits training keeps copies of the matrices from one
+update to the next (`keep_working_weights`).
 
-Names are those of Hugging Face's GPT2LMHeadModel, weights in nn.Linear's order (out, in). The output head is tied, and
-here that means one parameter, transformer.wte.weight: lm_head.weight is no second name for it in parameters(),
-state_dict() or a file, so nothing can come untied. load_state_dict takes Hugging Face's habit of repeating it.
+Names are those of Hugging Face's GPT2LMHeadModel, with weights in nn.Linear's order (out, in). The tied output head is
+one parameter, transformer.wte.weight: parameters(), state_dict() and files have no second lm_head.weight that could
+come untied. load_state_dict accepts the copy that Hugging Face's files have.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ from kernels import (
 from model.config import ACTIVATIONS, GPTConfig
 from model.kv_cache import KVCache
 
-IGNORE = -100  # a target that does not count in the loss
+IGNORE_INDEX = -100  # a target that the loss ignores
 
 
 class GPT(nn.Module):
-    """The language model. Parameters float32; activations and logits in `dtype`; loss float32."""
+    """The language model. Parameters float32; activations and logits in `dtype`; loss float32 (float64 in float64)."""
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.transformer = Transformer(config)
-        self.recompute = False  # keep only the inputs of each block for the backward pass, and compute the rest again
+        self.recompute = False  # activation checkpointing: save only the inputs of each block
         self.reset_parameters()
 
     def forward(
@@ -67,30 +68,32 @@ class GPT(nn.Module):
         """idx, targets: (B, T) int64, T <= n_positions -> (logits, None), or (None, loss) where there are targets.
 
         logits: (B, T, V) in self.dtype; logits="last" computes the last position only, (B, 1, V), for generation.
-        loss: (), the mean cross-entropy in nats over the targets that are not -100, in float32 or better.
-        Raises ValueError for a sequence longer than n_positions, and on a CPU for ids outside the vocabulary; a CUDA
-        device reports those by its own assertion, as looking would make the host wait in every step.
+        loss: (), the mean cross-entropy in nats over the targets that are not -100.
+        Raises ValueError for a sequence longer than n_positions, and on a CPU for ids outside the vocabulary. A CUDA
+        device reports those by an assertion of its own: to check would make the host wait in every step.
 
-        documents: (B, T) integers; a token attends to those of its own document, a stretch of equal numbers, only.
+        documents: (B, T) integers; a token attends only to its own document, a run of equal numbers.
 
-        With a cache idx are the tokens that follow those in it, and join them: any number into an empty cache, then one
-        at a time. For inference, in eval mode; ValueError where the cache is full or gradients are on.
+        With a cache, idx are the tokens after those in it and are appended: any number to an empty cache, then one at a
+        time. For inference, in eval mode; ValueError where the cache is full or gradients are enabled.
         """
         x = self._embed(idx, cache)  # (B, T, C), the residual stream
-        blocks: list[Block] = [*self.transformer.h]  # type: ignore[list-item]  # a ModuleList does not say of what
-        y = blocks[0].ln_1(x)
-        norms = [*(block.ln_1 for block in blocks[1:]), self.transformer.ln_f]
+        blocks: list[Block] = [*self.transformer.h]  # type: ignore[list-item]
+        normed = blocks[0].ln_1(x)  # (B, T, C)
+        next_norms = [*(block.ln_1 for block in blocks[1:]), self.transformer.ln_f]
         if self.recompute and torch.is_grad_enabled():
-            seeds = self._seeds(idx.device)
-            for block, ln_next, seed in zip(blocks, norms, seeds, strict=True):
-                arguments = (y, x, ln_next, None, documents, seed)
-                y, x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            seeds = self._dropout_seeds(idx.device)
+            for block, ln_next, block_seeds in zip(blocks, next_norms, seeds, strict=True):
+                arguments = (normed, x, ln_next, None, documents, block_seeds)
+                normed, x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            for block, ln_next in zip(blocks, norms, strict=True):
-                y, x = block(y, x, ln_next, cache, documents)
+            for block, ln_next in zip(blocks, next_norms, strict=True):
+                normed, x = block(normed, x, ln_next, cache, documents)
+        wte = self.transformer.wte.weight  # (V, C)
         if targets is not None:
-            return None, linear_cross_entropy(y.flatten(0, 1), self.transformer.wte.weight, targets.flatten(), IGNORE)
-        return lm_logits(y[:, -1:] if logits == "last" else y, self.transformer.wte.weight), None
+            # logits = normed @ wte.T; loss = F.cross_entropy(logits, targets)
+            return None, linear_cross_entropy(normed.flatten(0, 1), wte, targets.flatten(), IGNORE_INDEX)
+        return lm_logits(normed[:, -1:] if logits == "last" else normed, wte), None  # (B, T or 1, V)
 
     def _embed(self, idx: Tensor, cache: KVCache | None) -> Tensor:
         """(B, T) ids -> (B, T, C), summed in float32 and rounded once."""
@@ -106,20 +109,20 @@ class GPT(nn.Module):
         positions = wpe.weight[:T] if cache is None else wpe(cache.extend(B, T))  # (T, C)
         return F.dropout((tokens + positions).to(self.dtype), self.config.embd_pdrop, self.training)
 
-    def _seeds(self, device: torch.device) -> list[list[Tensor] | None]:
-        """For each block the seeds of its three dropouts: drawn here, they are the same when it is computed again.
+    def _dropout_seeds(self, device: torch.device) -> list[list[Tensor] | None]:
+        """The seeds of each block's three dropouts, so that its recomputation draws the same masks.
 
-        The alternative, to save and restore the generator, is not allowed inside a CUDA graph.
+        To save and restore the generator instead is not allowed inside a CUDA graph.
         """
         if not (self.training and (self.config.attn_pdrop or self.config.resid_pdrop)):
             return [None] * self.config.n_layer
         return [list(row) for row in torch.randint(2**63 - 1, (self.config.n_layer, 3), device=device)]
 
     def keep_working_weights(self) -> None:
-        """Keep each matrix of the blocks in `dtype` too, until `refresh_working_weights` makes the copies anew.
+        """Keep a copy of each matrix of the blocks in `dtype`, which `refresh_working_weights` updates.
 
-        A cast for each use would read every float32 weight in every forward pass. Nothing in float32. The copies are
-        no part of parameters() or state_dict(); gradients go to the float32 parameters, and are float32.
+        A cast at each use would read every float32 weight in every forward pass. Does nothing in float32. The copies
+        are not in parameters() or state_dict(); gradients go to the float32 parameters, in float32.
         """
         if self.dtype != torch.float32:
             for linear in self._linears():
@@ -127,10 +130,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def refresh_working_weights(self) -> None:
-        """To be called whenever parameters have changed. No host sync."""
-        kept = [(linear.working, linear.weight) for linear in self._linears() if linear.working is not None]
-        if kept:
-            torch._foreach_copy_([working for working, _ in kept], [weight for _, weight in kept])
+        """Call after parameters have changed. No host sync."""
+        pairs = [(linear.working, linear.weight) for linear in self._linears() if linear.working is not None]
+        if pairs:
+            torch._foreach_copy_([working for working, _ in pairs], [weight for _, weight in pairs])
 
     def _linears(self) -> list[Linear]:
         return [module for module in self.modules() if isinstance(module, Linear)]
@@ -139,8 +142,8 @@ class GPT(nn.Module):
     def reset_parameters(self) -> None:
         """GPT-2's initialisation, drawn from torch's global generator.
 
-        Weights are normal with deviation initializer_range; the two projections per block that write into the residual
-        stream are scaled by 1 / sqrt(2 * n_layer), which keeps its variance from growing with depth.
+        Weights are normal with standard deviation initializer_range; the two projections per block that write into the
+        residual stream are scaled by 1 / sqrt(2 * n_layer), which keeps its variance from growing with depth.
         """
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
@@ -154,7 +157,7 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, std)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """nn.Module's; the state dict may repeat the tied weight as lm_head.weight. ValueError if that one differs."""
+        """nn.Module's; the state dict may repeat the tied weight as lm_head.weight. ValueError if the two differ."""
         state_dict = dict(state_dict)
         head = state_dict.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, state_dict.setdefault("transformer.wte.weight", head)):
@@ -165,7 +168,7 @@ class GPT(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and the last LayerNorm: a home for their parameters under Hugging Face's names."""
+    """Embeddings, blocks and the final LayerNorm, under Hugging Face's names."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -176,7 +179,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: two sub-layers, each reading a normalised copy of the residual stream and adding to it."""
+    """One layer: two sub-layers that each read the normalised residual stream and add to it."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -187,24 +190,27 @@ class Block(nn.Module):
 
     def forward(
         self,
-        y: Tensor,
+        normed: Tensor,
         x: Tensor,
         ln_next: LayerNorm,
         cache: KVCache | None = None,
         documents: Tensor | None = None,
         seeds: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x: the residual stream, y: ln_1(x); (B, T, C) -> ln_next(x), x after this layer, for the next to go on.
+        """x: the residual stream, normed: ln_1(x), (B, T, C) each -> ln_next(x) and x, after this layer.
 
-        seeds: of the dropout of attention, after attention and after the MLP; drawn where there are none.
+        ln_next: ln_1 of the next block, or ln_f. seeds: of the dropout inside attention, after attention and after the
+        MLP; drawn if there are none.
         """
-        attention_seed, attn_seed, mlp_seed = seeds or (None, None, None)
-        y, x = self.ln_2.add(self.attn(y, cache, documents, attention_seed), x, attn_seed)
-        return ln_next.add(self.mlp(y), x, mlp_seed)
+        probs_seed, attn_seed, mlp_seed = seeds or (None, None, None)
+        # x = x + dropout(attn(normed)); normed = ln_2(x)
+        normed, x = self.ln_2.add_norm(self.attn(normed, cache, documents, probs_seed), x, attn_seed)
+        # x = x + dropout(mlp(normed)); normed = ln_next(x)
+        return ln_next.add_norm(self.mlp(normed), x, mlp_seed)
 
 
 class CausalSelfAttention(nn.Module):
-    """Every token reads from itself and the tokens before it, with H heads of D = C // H channels."""
+    """Every token attends to itself and the tokens before it, with H heads of D = C // H channels."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -217,13 +223,13 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, cache: KVCache | None = None, documents: Tensor | None = None, seed: Tensor | None = None
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
-        qkv = self.c_attn(x)  # (B, T, 3C): queries, keys, values side by side, and they stay packed
+        qkv = self.c_attn(x)  # (B, T, 3C): queries, keys and values, which stay packed
         if cache is not None:
-            q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in qkv.chunk(3, -1))  # (B, H, T, D)
+            q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))  # (B, H, T, D)
             k_cache, v_cache = cache.write(self.layer, k, v)
-            if cache.length > x.shape[1]:  # there are tokens before this one
+            if cache.length > x.shape[1]:  # one token, after others
                 o = decode_attention(q[:, :, 0], k_cache, v_cache, cache.lengths)  # (B, H, D)
-                return self.c_proj(o.flatten(1)[:, None])
+                return self.c_proj(o.flatten(1)[:, None])  # (B, 1, C)
         p = self.attn_pdrop if self.training else 0.0
         o = causal_attention(qkv, self.n_head, dropout_p=p, seed=seed, documents=documents)  # (B, T, C)
         return self.c_proj(o)
@@ -239,6 +245,7 @@ class MLP(nn.Module):
         self.approximate = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        # h = gelu(c_fc(x))
         h = linear_gelu(x, self.c_fc.weight_in(x.dtype), self.c_fc.bias, self.approximate)  # (B, T, 4C)
         return self.c_proj(h)
 
@@ -253,18 +260,18 @@ class Linear(nn.Linear):
         self.register_buffer("working", None, persistent=False)
 
     def reset_parameters(self) -> None:
-        """Nothing: GPT.reset_parameters draws every weight, and nn.Linear's own draw would only cost time."""
+        """Do nothing: GPT.reset_parameters initialises every weight."""
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`, (out, in): the working copy where one is kept."""
-        return self.weight.to(dtype) if self.working is None else _Working.apply(self.weight, self.working)
+        """The weight in `dtype`, (out, in): the working copy if there is one."""
+        return self.weight.to(dtype) if self.working is None else CachedCast.apply(self.weight, self.working)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return F.linear(x, self.weight_in(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class _Working(torch.autograd.Function):
-    """A copy in another dtype that stands for its weight: what a cast computes, without computing it."""
+class CachedCast(torch.autograd.Function):
+    """weight.to(working.dtype), whose result `working` is already known; the gradient goes to weight."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, working: Tensor) -> Tensor:
@@ -285,12 +292,12 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         return layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, update: Tensor, x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Adds what a sub-layer wrote to the residual stream x, (B, T, C) -> the new x normalised, and the new x."""
+    def add_norm(self, update: Tensor, x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x = x + dropout(update); (B, T, C) each -> LayerNorm of the new x, and the new x. One fused pass."""
         p = self.resid_pdrop if self.training else 0.0
         return add_layer_norm(update, x, self.weight, self.bias, self.eps, dropout_p=p, seed=seed)
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Number of trainable and frozen values; the tied weight counts once. 124,439,808 for the gpt2 preset."""
+    """Number of parameters; the tied weight counts once. 124,439,808 for the gpt2 preset."""
     return sum(parameter.numel() for parameter in model.parameters())

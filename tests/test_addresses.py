@@ -53,7 +53,7 @@ def _far(t: torch.Tensor, dim: int, stride: int | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("dim", [-1, -2, -3, -4])
 @pytest.mark.parametrize("name", SPECS)
-def test_inputs_reach_far(name, dim, device):
+def test_inputs_reach_far_addresses(name, dim, device):
     """Every input and incoming gradient, along each of its dimensions."""
     for case in SPECS[name].cases[:3]:
         for row in prove(SPECS[name], case, torch.float16, device, layout=lambda t: _far(t, dim)):
@@ -62,7 +62,7 @@ def test_inputs_reach_far(name, dim, device):
 
 @pytest.mark.skipif(HAS_CUDA, reason="needs memory that takes no room until it is touched, a CPU's")
 @pytest.mark.parametrize("name", SPECS)
-def test_a_tile_of_rows_reaches_far(name, device):
+def test_row_tiles_reach_far_addresses(name, device):
     """A stride that is an int32 still, and not when it is multiplied by the rows of a tile."""
     case = SPECS[name].cases[0]
     for row in prove(SPECS[name], case, torch.float16, device, layout=lambda t: _far(t, -2, 2**30)):
@@ -101,7 +101,7 @@ def large_outputs(monkeypatch):
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_the_last_rows_of_large_outputs(name, device, large_outputs):
+def test_last_rows_of_large_outputs(name, device, large_outputs):
     """All rows are one row, read with stride 0; the last one written is what eager makes of it."""
     spec, (case, rows) = SPECS[name], LARGE[name]
     inputs = spec.inputs(case, torch.float16, device)
@@ -125,7 +125,7 @@ def test_the_last_rows_of_large_outputs(name, device, large_outputs):
         assert row.passed, f"{key}: error {row.error:.3e} > allowed {row.allowed:.3e}"
 
 
-def test_the_last_elements_of_a_large_gradient_of_linear_cross_entropy(device, large_outputs):
+def test_large_linear_cross_entropy_gradient_reaches_its_end(device, large_outputs):
     """Its backward pass scales what the forward pass left: here two targets, so by half of what arrives."""
     module = sys.modules[SPECS["linear_cross_entropy"].fn.__module__]
     dx = _mapped(FAR + 3, torch.float16, device)

@@ -1,21 +1,19 @@
-"""The benchmarks' ground: turns and clocks, reports, comparison, the budget, and refusals in words."""
+"""The benchmarks' base: turns and clocks, reports, comparison, the budget, and error messages."""
 
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.cli import main as pytest_benchmark_main
 
-from bench import __main__ as command
+from bench import __main__ as bench_main
+from bench import command, gpu, record, roofline, timing
 from bench import compare as comparison
-from bench import gpu, record, roofline, timing
 from bench.record import CONTROL, Report, Row
-from kernels import __main__ as kernels_command
-from kernels import _proof
+from kernels import _check, _proof
 from kernels._registry import all_specs
 from model.cli import UserError
 
@@ -37,7 +35,7 @@ def _row(provider="eager", seconds=(1.0, 1.0, 1.0), op="bias_gelu", **metrics) -
 # ---- clocks
 
 
-def test_providers_take_turns_and_what_fails_is_said(monkeypatch):
+def test_providers_take_turns(monkeypatch):
     order = []
 
     class Timer:
@@ -61,7 +59,7 @@ def test_providers_take_turns_and_what_fails_is_said(monkeypatch):
     assert order[:2] == ["a", 1] and order[6:10] == ["a", 4, "b", 1]  # a short call is repeated within a sample
 
 
-def test_what_fails_while_it_is_timed_leaves_the_others_their_rounds():
+def test_failure_during_timing_spares_the_others():
     calls = iter(range(9))
 
     def dies_later():
@@ -73,7 +71,7 @@ def test_what_fails_while_it_is_timed_leaves_the_others_their_rounds():
     assert {name: len(samples) for name, samples in measured.seconds.items()} == {"b": 5, CONTROL: 5}
 
 
-def test_a_measurement_of_this_cpu():
+def test_measure_on_this_cpu():
     x = torch.randn(64, 64)
     measured = timing.measure(
         {"small": lambda: lambda: x + x, "large": lambda: lambda: x @ x @ x @ x}, CPU, "wall", seconds=0.01
@@ -134,7 +132,7 @@ def fake_cuda(monkeypatch):
 
     class Stream:
         def __init__(self, device):
-            pass
+            self.device = device
 
         def wait_stream(self, other):
             pass
@@ -150,7 +148,7 @@ def fake_cuda(monkeypatch):
     for name, value in {"Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": Stream}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(timing, "control", lambda device: lambda: gpu_.work(1.0))
     monkeypatch.setattr(timing, "machine_state", lambda device: {"watts": 100.0})
@@ -158,7 +156,7 @@ def fake_cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("clock", ["events", "graph"])
-def test_what_is_timed_on_a_gpu_is_the_call_and_not_the_flush(clock, fake_cuda):
+def test_gpu_clocks_time_the_call_alone(clock, fake_cuda):
     def prepared():
         fake_cuda.work(50.0)  # the forward pass of a backward pass
         return lambda: fake_cuda.work(0.25)
@@ -173,10 +171,51 @@ def test_what_is_timed_on_a_gpu_is_the_call_and_not_the_flush(clock, fake_cuda):
     assert ("host_ms" in rows["a"].metrics) == (clock == "events") and rows[CONTROL].metrics == {"watts": 100.0}
 
 
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_lead_in_is_not_timed(repeats, monkeypatch):
+    now = [0.0]
+
+    class Timer:
+        def __init__(self, statement, globals, num_threads):
+            self.call = globals["call"]
+
+        def timeit(self, number):
+            began = now[0]
+            for _ in range(number):
+                self.call()
+            took = (now[0] - began) / number
+            for _ in range(2):  # warm-up of other lengths, which must not count
+                now[0] += 0.5
+                self.call()
+            return dataclasses.make_dataclass("M", ["mean"])(took)
+
+    def run(start):
+        now[0] += 3.0
+        start()
+        now[0] += 0.25
+
+    monkeypatch.setattr(timing, "Timer", Timer)
+    monkeypatch.setattr(timing, "_WALL_SAMPLE", 3.25 * repeats)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    measured = timing.measure({"a": lambda: timing.Partial(run, CPU)}, CPU, "wall", seconds=0.0)
+    assert measured.seconds["a"] == (0.25,) * 5
+
+
+def test_lead_in_on_a_gpu_is_not_timed(fake_cuda):
+    def run(start):
+        fake_cuda.work(3.0)
+        start()
+        fake_cuda.work(0.25)
+
+    device = torch.device("cuda", 0)
+    measured = timing.measure({"a": lambda: timing.Partial(run, device)}, device, "events", seconds=0)
+    assert measured.seconds["a"] == pytest.approx([0.25e-3] * 5)
+
+
 # ---- reports
 
 
-def test_a_report_is_read_as_it_was_written(tmp_path):
+def test_report_round_trip(tmp_path):
     path = tmp_path / "new" / "r.json"
     rows = (
         _row(seconds=(0.25, 0.5, 1.0), gb_per_s=3.0),
@@ -194,28 +233,27 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
     assert (stats["median"], stats["q1"], stats["q3"], stats["rounds"]) == (0.5, 0.375, 0.75, 3)
 
 
-def test_a_kill_while_writing_leaves_the_report_before(tmp_path, monkeypatch):
+def test_killed_write_keeps_the_previous_report(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     _report(_row()).write(path)
     before = path.read_bytes()
-    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("model.files.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         _report(_row(), _row("compile")).write(path)
     assert path.read_bytes() == before
 
 
-def test_pytest_benchmark_reads_ours(tmp_path):
+def test_pytest_benchmark_reads_our_reports(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "r.json"
     _report(_row(), _row("compile", (2.0, 3.0, 4.0)), Row("kernels", PARAMS, "flex", error="no")).write(path)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest_benchmark", "compare", str(path), "--columns=median,iqr,outliers,rounds"],
-        capture_output=True, text=True, timeout=60, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "[eager]" in done.stdout and "[compile]" in done.stdout and "3.0000" in done.stdout
+    monkeypatch.setattr("sys.argv", ["pytest-benchmark", "compare", str(path), "--columns=median,iqr,outliers,rounds"])
+    pytest_benchmark_main()
+    out = capsys.readouterr().out
+    assert "[eager]" in out and "[compile]" in out and "3.0000" in out
 
 
-def test_ours_reads_pytest_benchmarks(tmp_path):
+def test_pytest_benchmark_files_are_read(tmp_path):
     stats = {"min": 1.0, "q1": 2.0, "median": 3.0, "q3": 4.0, "max": 5.0}
     theirs = {
         "machine_info": {"node": "x", "cpu": {"brand_raw": "A CPU"}}, "commit_info": {"id": "abc"}, "datetime": "today",
@@ -239,21 +277,22 @@ def test_ours_reads_pytest_benchmarks(tmp_path):
         ('{"schema": 1, "benchmarks": [], "commit_info": {"id": "abc"}}', "report schema 1, and this version reads 2"),
         ('{"schema": 2, "benchmarks": [{"group"', "not a whole report"),
         ('{"schema": 2, "benchmarks": [{}]}', "is not a report of schema 2"),
-        ("[1, 2]", "it has no benchmarks"),
+        ('{"machine_info": {}, "benchmarks": []}', "is not a report of schema 2"),
+        ("[1, 2]", "is not a report of schema 2"),
         ("\xff", "is not a whole report"),
     ],
 )
 @pytest.mark.parametrize("call", [["report"], ["compare", "whole.json"]])
-def test_a_file_that_is_no_report_is_refused(text, words, call, tmp_path, capsys, monkeypatch):
+def test_damaged_reports_are_refused(text, words, call, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _report(_row()).write(Path("whole.json"))
     Path("bad.json").write_text(text)
     assert words in _refusal([*call, "bad.json"], capsys)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path, capsys):
+def test_binary_files_are_refused(tmp_path, capsys):
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe\x00")
-    assert "it is no text file" in _refusal(["report", str(tmp_path / "bad.json")], capsys)
+    assert "is not a whole report" in _refusal(["report", str(tmp_path / "bad.json")], capsys)
 
 
 # ---- comparison
@@ -282,19 +321,19 @@ def _compared(factor, control, **options):
         (1.06, 1.0, "unclear"),  # 6 % and the noise of 2 %
     ],
 )  # fmt: skip
-def test_a_change_is_beyond_the_noise_and_beyond_the_machines(factor, control, verdict):
+def test_verdict_needs_more_than_noise_and_machine(factor, control, verdict):
     change = _compared(factor, control)
     assert change.verdict == verdict
     assert change.ratio == pytest.approx(factor) and change.drift == pytest.approx(control)
     assert change.low < factor < change.high
 
 
-def test_the_threshold_is_the_callers():
+def test_threshold_is_an_option():
     assert _compared(1.3, 1.0, threshold=0.5).verdict == "same"
     assert _compared(1.06, 1.0, threshold=0.005).verdict == "slower"
 
 
-def test_noise_alone_is_no_change():
+def test_noise_is_unclear():
     noisy = [1.0, 2.0, 0.6, 1.4, 0.9, 3.0, 1.2, 0.7]
     a, b = (_report(_row(seconds=_scaled(f, noisy)), _row(CONTROL, STEADY[:8])) for f in (1.0, 1.3))
     assert [c.verdict for c in comparison.compare([a], [b]).changes] == ["unclear"]
@@ -309,28 +348,28 @@ def _twenty(factors, controls):
     return comparison.compare([a], [b])
 
 
-def test_several_runs_show_what_differs_between_processes(tmp_path, capsys):
+def test_several_runs_widen_the_interval(tmp_path, capsys):
     def side(*factors):
         return [_report(_row(seconds=_scaled(f)), _row(CONTROL, STEADY)) for f in factors]
 
-    assert comparison.compare(side(1.0), side(1.3)).found("slower")
-    assert not comparison.compare(side(1.0, 1.28), side(1.3, 1.0)).found("slower")  # runs of one code differ as much
-    (change,) = comparison.compare(side(1.0, 1.1), side(1.5, 1.4, 1.6)).found("slower")
+    assert comparison.compare(side(1.0), side(1.3)).of("slower")
+    assert not comparison.compare(side(1.0, 1.28), side(1.3, 1.0)).of("slower")  # runs of one code differ as much
+    (change,) = comparison.compare(side(1.0, 1.1), side(1.5, 1.4, 1.6)).of("slower")
     assert change.ratio == pytest.approx(1.5 / 1.05) and change.low < 1.4 / 1.1 < 1.6 < change.high
     for name, reports in (("before", side(1.0, 1.1)), ("after", side(1.5, 1.4))):
         for i, found in enumerate(reports):
             found.write(tmp_path / name / f"{i}.json")
     with pytest.raises(SystemExit):
-        command.main(["compare", str(tmp_path / "before"), str(tmp_path / "after")])
+        bench_main.main(["compare", str(tmp_path / "before"), str(tmp_path / "after")])
     assert "one run of a side" not in capsys.readouterr().out
 
 
-def test_a_row_must_change_by_more_than_the_control_ever_did():
-    assert not _twenty([1.0] * 19 + [1.4], [1.5] + [1.0] * 19).found("slower")
-    assert len(_twenty([1.0] * 19 + [1.6], [1.5] + [1.0] * 19).found("slower")) == 1
+def test_change_must_exceed_that_of_the_control():
+    assert not _twenty([1.0] * 19 + [1.4], [1.5] + [1.0] * 19).of("slower")
+    assert len(_twenty([1.0] * 19 + [1.6], [1.5] + [1.0] * 19).of("slower")) == 1
 
 
-def test_the_median_lies_in_its_interval_as_often_as_it_says():
+def test_median_interval_covers_99_percent():
     generator = torch.Generator().manual_seed(0)
     hits, draws = 0, 2000
     for _ in range(draws):
@@ -340,7 +379,7 @@ def test_the_median_lies_in_its_interval_as_often_as_it_says():
     assert comparison.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
 
 
-def test_what_got_fatter_and_what_is_gone():
+def test_fatter_and_lost_rows():
     a = _report(_row(peak_mib=100.0), _row("compile", peak_mib=100.0), _row("liger"), _row("fla"))
     b = _report(
         _row(peak_mib=102.5), _row("compile", peak_mib=100.4), _row("flex"),
@@ -357,7 +396,7 @@ def test_what_got_fatter_and_what_is_gone():
 
 
 @pytest.mark.parametrize("factor, code", [(1.0, None), (1.4, 1), (0.6, None)])
-def test_the_exit_code_says_whether_something_is_worse(factor, code, tmp_path, capsys):
+def test_exit_code_of_compare(factor, code, tmp_path, capsys):
     paths = []
     for f in (1.0, factor):
         paths.append(str(tmp_path / f"{len(paths)}.json"))
@@ -365,7 +404,7 @@ def test_the_exit_code_says_whether_something_is_worse(factor, code, tmp_path, c
             Path(paths[-1])
         )
     try:
-        command.main(["compare", *paths])
+        bench_main.main(["compare", *paths])
         got = None
     except SystemExit as stop:
         got = stop.code
@@ -376,7 +415,7 @@ def test_the_exit_code_says_whether_something_is_worse(factor, code, tmp_path, c
     assert "1.400 x (" in out if factor > 1 else True
 
 
-def test_reports_of_two_devices_are_compared_only_if_asked():
+def test_two_devices_are_compared_on_request_only():
     a, b = _report(_row(), device="A"), _report(_row(), device="B")
     with pytest.raises(UserError, match=r"different devices: A, .*; B, .*\n.*--across-devices"):
         comparison.compare([a], [b])
@@ -397,47 +436,49 @@ class Clock:
         return self.now
 
 
-def _jobs(clock, *costs, guess=10):
+def _jobs(clock, *costs, cap=10):
     def job(i, cost):
         def run():
             for part in range(2):
                 clock.now += cost / 2
                 yield [_row(f"{i}.{part}")]
 
-        return gpu.Job(f"job {i}", guess, run)
+        return gpu.Job(f"job {i}", cap, run)
 
     return [job(i, cost) for i, cost in enumerate(costs)]
 
 
-def _carried_out(tmp_path, jobs, clock, minutes):
-    found, said = _report(), []
-    gpu.carry_out(jobs, found, tmp_path / "r.json", gpu.Budget(minutes, clock), said.append)
-    assert Report.read(tmp_path / "r.json").rows == found.rows
-    return found, said
+def _carried_out(tmp_path, jobs, clock, seconds):
+    report = _report()
+    gpu.run_jobs(jobs, report, tmp_path / "r.json", gpu.Budget(seconds, clock))
+    assert Report.read(tmp_path / "r.json").rows == report.rows
+    return report
 
 
-def test_a_budget_is_kept_by_dropping_from_the_end(tmp_path):
+def test_budget_drops_the_last_jobs(tmp_path, capsys):
     clock = Clock()
-    found, said = _carried_out(tmp_path, _jobs(clock, 10, 10, 10, 10), clock, minutes=0.5)
-    assert [row.provider for row in found.rows] == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
-    assert found.dropped == ["job 3"] and clock.now == 30 and said[-1] == "dropped, 0 s left: job 3"
+    report = _carried_out(tmp_path, _jobs(clock, 10, 10, 10, 10), clock, 30)
+    assert [row.provider for row in report.rows] == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
+    assert report.dropped == ["job 3"] and clock.now == 30
+    assert capsys.readouterr().out.splitlines()[-1] == "dropped, 0 s left: job 3"
 
 
-def test_a_slow_machine_is_learned_from(tmp_path):
+def test_slow_job_stops_at_its_cap(tmp_path):
     clock = Clock()
-    found, _ = _carried_out(tmp_path, _jobs(clock, 40, 40, 40, 40), clock, minutes=2)
-    # 40 s for 10 guessed: after the second job a third is expected to take 10 * (80 + 30) / (20 + 30) = 22 s of the 40
-    assert found.dropped == ["job 3"] and clock.now == 120
+    report = _carried_out(tmp_path, _jobs(clock, 40, 4, 40, 4), clock, 60)
+    # 20 s a group: the first job stops after its first, the third too, and the fourth still has the 10 s of its cap
+    assert [row.provider for row in report.rows] == ["0.0", "1.0", "1.1", "2.0", "3.0", "3.1"]
+    assert report.dropped == ["job 0: from here on", "job 2: from here on"] and clock.now == 48
 
 
-def test_a_job_that_outlives_the_budget_is_stopped_after_its_group(tmp_path):
+def test_job_past_the_deadline_stops_after_its_group(tmp_path):
     clock = Clock()
-    found, _ = _carried_out(tmp_path, _jobs(clock, 100, 1), clock, minutes=0.75)
-    assert [row.provider for row in found.rows] == ["0.0"]
-    assert found.dropped == ["job 0: from here on", "job 1"] and clock.now == 50
+    report = _carried_out(tmp_path, _jobs(clock, 100, 1, cap=45), clock, 45)
+    assert [row.provider for row in report.rows] == ["0.0"]
+    assert report.dropped == ["job 0: from here on", "job 1"] and clock.now == 50
 
 
-def test_a_broken_job_costs_only_itself(tmp_path):
+def test_broken_job_spares_the_others(tmp_path):
     clock = Clock()
 
     def broken():
@@ -445,65 +486,66 @@ def test_a_broken_job_costs_only_itself(tmp_path):
         raise RuntimeError("no such kernel\nand more")
 
     jobs = [gpu.Job("broken", 1, broken), *_jobs(clock, 1)]
-    found, _ = _carried_out(tmp_path, jobs, clock, minutes=1)
-    assert [row.provider for row in found.rows] == ["before", "0.0", "0.1"]
-    assert found.dropped == ["broken: RuntimeError: no such kernel"]
+    report = _carried_out(tmp_path, jobs, clock, 60)
+    assert [row.provider for row in report.rows] == ["before", "0.0", "0.1"]
+    assert report.dropped == ["broken: RuntimeError: no such kernel"]
 
 
-def test_a_kill_keeps_what_was_measured(tmp_path):
+def test_kill_keeps_finished_groups(tmp_path):
     clock = Clock()
 
     def killed():
         yield [_row("kept")]
         raise KeyboardInterrupt
 
-    found = _report()
     with pytest.raises(KeyboardInterrupt):
-        gpu.carry_out([gpu.Job("k", 1, killed)], found, tmp_path / "r.json", gpu.Budget(1, clock), lambda text: None)
+        gpu.run_jobs([gpu.Job("k", 1, killed)], _report(), tmp_path / "r.json", gpu.Budget(60, clock))
     assert [row.provider for row in Report.read(tmp_path / "r.json").rows] == ["kept"]
 
 
 def _verdict(red=()):
-    rows = [_proof.Row(name, spec.cases[0], BF16, "y", 0.5, 1.0, case_dtype=BF16) for name, spec in all_specs().items()]
+    cases = {name: spec.cases[0] for name, spec in all_specs().items()}
+    rows = [_proof.Comparison(name, case, BF16, "y", 0.5, 1.0, case_dtype=BF16) for name, case in cases.items()]
     failures = [f"{name} is off" for name, _ in red]
-    return kernels_command.Verdict(rows, failures, set(red), 0, 1.0, "a GPU")
+    return _check.CheckResult(rows, failures, set(red), 0, 1.0, "a GPU")
 
 
 @pytest.mark.parametrize("red", [(), (("layer_norm", BF16),)])
-def test_make_gpu_proves_first_and_measures_what_is_right(red, tmp_path, monkeypatch, capsys):
+def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
     clock, asked = Clock(), {}
 
-    def kernels_run(device, dtypes, ops, missing, roofs, *, quick, gate, **options):
-        (op,), (dtype,) = ops, dtypes
+    def kernels_run(self, device, report, roofs, *, part, gate):
+        (op,), dtype = self.op, getattr(torch, self.dtype[0])
         clock.now += 1
+        quick = part == slice(1)
         asked[op, dtype, quick] = gate(all_specs()[op], dtype)
         providers = ["eager", *([] if asked[op, dtype, quick] else ["triton"])]
         yield [Row("kernels", {"op": op, "quick": quick}, name, "events", (0.001, 0.002)) for name in providers]
 
-    def train_run(device, preset, batches, *options, providers, **more):
+    def train_groups(self, device, report):
         clock.now += 5
-        yield [Row("train", {"batch": batches[0]}, name, "events", (0.1,)) for name in providers]
+        yield [Row("train", {"batch": self.batch[0]}, name, "events", (0.1,)) for name in self.provider]
 
-    def generate_run(device, preset, batches, *options, **more):
+    def generate_groups(self, device, report):
         clock.now += 5
-        yield [Row("generate", {"batch": batches[0]}, "triton", "events", (0.1,))]
+        yield [Row("generate", {"batch": self.batch[0]}, "triton", "events", (0.1,))]
 
-    monkeypatch.setattr(command, "_gpu_device", lambda: CPU)
-    monkeypatch.setattr(gpu.time, "monotonic", clock)
+    monkeypatch.setattr(gpu, "_device", lambda: CPU)
     monkeypatch.setattr(gpu.Budget.__init__, "__defaults__", (clock,))
     monkeypatch.setattr(gpu, "compile_all", lambda *a: (3, 3))
-    monkeypatch.setattr(gpu.kernels_command, "check", lambda *a, **k: _verdict(red))
+    monkeypatch.setattr(gpu._check, "check", lambda *a, **k: _verdict(red))
     monkeypatch.setattr(gpu.roofline, "measure", lambda *a: roofline.Roofs({65536: 1e-6}, {"bfloat16": 1e12}))
-    monkeypatch.setattr(gpu.kernels, "red", lambda spec, dtype, device: "asked again")
-    for module, run in ((gpu.kernels, kernels_run), (gpu.train_step, train_run), (gpu.generate, generate_run)):
-        monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(gpu, "proof_failure", lambda spec, dtype, device: "asked again")
+    monkeypatch.setattr(gpu.Kernels, "run", kernels_run)
+    monkeypatch.setattr(gpu.Train, "groups", train_groups)
+    monkeypatch.setattr(gpu.Generate, "groups", generate_groups)
     argv = ["gpu", "--out", str(tmp_path / "new"), "--minutes", "2"]
     if red:
         with pytest.raises(SystemExit) as stop:
-            command.main(argv)
+            bench_main.main(argv)
         assert stop.value.code == 1
     else:
-        command.main(argv)
+        bench_main.main(argv)
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         "check.json",
         "report.html",
@@ -521,7 +563,7 @@ def test_make_gpu_proves_first_and_measures_what_is_right(red, tmp_path, monkeyp
     assert _refusal(argv, capsys).endswith("name another file, or move that one away\n")
 
 
-def test_the_summary_stays_short():
+def test_summary_stays_short():
     rows = [_row("triton", op=f"op{i}") for i in range(90)]
     found = _report(*rows)
     found.dropped = [f"job {i}" for i in range(50)]
@@ -529,7 +571,7 @@ def test_the_summary_stays_short():
     assert len(lines) < 60 and lines[0].startswith("7 comparisons")
 
 
-def test_what_a_case_launches_is_compiled(monkeypatch):
+def test_launches_of_a_case_are_compiled(monkeypatch):
     compiled = []
 
     def compile_launch(launch, arch):
@@ -538,7 +580,9 @@ def test_what_a_case_launches_is_compiled(monkeypatch):
             raise RuntimeError("no such register")
 
     monkeypatch.setattr(gpu, "compile_launch", compile_launch)
-    monkeypatch.setattr(gpu, "unique", list)  # which asks the compiler, and this suite is interpreted
+    monkeypatch.setattr(
+        gpu, "unique", lambda launches, arch: launches
+    )  # which asks the compiler, and this suite is interpreted
     assert gpu._compile_case("layer_norm", torch.float32, 0, 90) == len(compiled) - 1 > 0
     assert set(compiled) == {90}
 
@@ -546,14 +590,14 @@ def test_what_a_case_launches_is_compiled(monkeypatch):
 # ---- refusals
 
 
-def test_a_report_keeps_the_command_and_no_path_of_the_machine():
+def test_reported_command_has_no_local_paths():
     typed = ["train", "--nanogpt", "/home/someone/nanoGPT", "--batch", "4", "--out", "/home/someone/t.json"]
-    assert command._command(typed) == "python -m bench train --nanogpt nanoGPT --batch 4"
+    assert command.typed(typed) == "python -m bench train --nanogpt nanoGPT --batch 4"
 
 
 def _refusal(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        command.main(argv)
+        bench_main.main(argv)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") <= 2, err
     return err
@@ -592,7 +636,7 @@ def test_bad_arguments(argv, words, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
-def test_without_a_gpu_one_line_says_so(capsys, tmp_path, monkeypatch):
+def test_gpu_command_without_a_gpu(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     err = _refusal(["gpu"], capsys)
     assert "needs an NVIDIA GPU" in err and err.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -8,13 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import generate, peer_models, train_step
-from bench.record import CONTROL, Row
-from bench.timing import Measured
+from bench.record import CONTROL, Report
+from bench.timing import Measured, Refused, error_line
 from kernels._triton import HAS_TRITON
-from model.cli import UserError
-from model.config import GPTConfig
+from model.config import PRESETS, GPTConfig
 from model.kv_cache import KVCache
-from model.training import memory
+from model.training.memory import MemoryModel
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 61, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
@@ -32,41 +31,44 @@ def no_profiler(monkeypatch):
     monkeypatch.setattr(train_step, "peak", peak)
 
 
-def _train(providers, missing=None, *, batches=(2,), overrides=None, **options):
-    missing = {} if missing is None else missing
-    overrides = SMALL | (overrides or {})
-    groups = train_step.run(
-        CPU, "tiny", batches, 16, torch.float32, missing, providers=providers, seconds=0.0, overrides=overrides,
-        **options,
-    )  # fmt: skip
-    return [{row.provider: row for row in rows} for rows in groups]
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    """A preset that takes milliseconds."""
+    monkeypatch.setitem(PRESETS, "nano", GPTConfig(**SMALL))
+
+
+def _train(providers, missing=None, *, batch=(2,), device=CPU, **options):
+    report = Report({}, {}, "", missing={} if missing is None else missing)
+    command = train_step.Train(
+        preset="nano", batch=batch, provider=tuple(providers), **{"dtype": "float32", "seconds": 0.0, **options}
+    )
+    return [{row.provider: row for row in rows} for rows in command.groups(device, report)]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def test_a_training_step_is_timed_and_its_memory_measured():
+def test_training_step_has_time_and_memory():
     missing = {}
     (rows,) = _train(["eager", "hf", "triton", "triton+graph", "trainer", "hf+liger", "nanogpt"], missing)
     assert set(rows) == {"eager", "hf", "trainer", CONTROL} and not any(row.error for row in rows.values())
     assert missing.keys() == {"triton", "triton+graph", "hf+liger", "nanogpt"}
     assert missing["triton"] == "needs a CUDA device" and "nanoGPT" in missing["nanogpt"]
     eager = rows["eager"]
-    changed = " ".join(f"{name}={value}" for name, value in SMALL.items())
-    assert eager.group == f"tiny {changed} batch=2 context=16 float32 wall"
+    assert eager.group == "nano batch=2 context=16 float32 wall"
     assert eager.metrics["tokens_per_s"] == pytest.approx(32 / eager.ms() * 1e3) and eager.metrics["interleaved"] == 1
     assert "mfu" not in eager.metrics and "predicted_mib" not in rows["hf"].metrics
     sizes = {name.removesuffix("_mib"): size for name, size in eager.metrics.items() if name.endswith("_mib")}
     assert sizes["gradients"] == sizes["parameters"] == pytest.approx(sizes["optimizer"] / 2, rel=0.01)
     assert sizes["peak"] == sum(sizes[part] for part in ("parameters", "optimizer", "activations", "workspace"))
     assert sizes["peak"] == pytest.approx(sizes["predicted"], rel=0.1)
-    predicted = memory.memory(GPTConfig(**SMALL), 2, 16, torch.float32, "eager", card=0)
+    predicted = MemoryModel(GPTConfig(**SMALL), 16, torch.float32, "eager", card=0).predict(2)
     assert sizes["activations"] == pytest.approx(predicted.activations / 2**20, rel=0.02)
     json.dumps(eager.metrics)
 
 
 @needs_triton
-def test_each_rung_runs_its_kernels_and_computes_the_same_losses(no_profiler):
+def test_each_rung_of_the_ladder_runs_its_kernels(no_profiler):
     """Where kernels cannot be timed they can still be run: the gate holds on every rung."""
     config = GPTConfig(**SMALL)
     task = train_step._Task(config, 1, 8, torch.float32, CPU, None)
@@ -100,7 +102,7 @@ def test_each_rung_runs_its_kernels_and_computes_the_same_losses(no_profiler):
 
 
 @pytest.mark.parametrize("wrong", ["value", "gradient"])
-def test_another_loss_is_not_timed(wrong, no_profiler, monkeypatch):
+def test_wrong_loss_is_not_timed(wrong, no_profiler, monkeypatch):
     right = peer_models.transformers_loss
 
     def loss(theirs, idx, targets):
@@ -113,29 +115,29 @@ def test_another_loss_is_not_timed(wrong, no_profiler, monkeypatch):
     assert rows["hf"].seconds == () and rows["eager"].seconds
 
 
-def test_the_gate_takes_rounding_and_nothing_more():
+def test_loss_check_accepts_rounding_only():
     proof = train_step._Proof()
     check = functools.partial(train_step._check, "b", proof=proof)
     train_step._check("a", [10.0, 9.5, 9.0], torch.float32, proof)
     check([10.00009, 9.0, 9.0005], torch.float32)
     check([10.009, 9.0, 9.0], torch.bfloat16)
     for losses in ([10.00011, 9.0, 9.0], [10.0, 9.0, 9.0011], [float("nan")] * 3):
-        with pytest.raises(train_step._Refused, match="computes another loss"):
+        with pytest.raises(Refused, match="computes another loss"):
             check(losses, torch.float32)
 
 
-def test_a_failure_is_a_row_and_the_others_go_on(no_profiler, monkeypatch):
+def test_failure_is_a_row(no_profiler, monkeypatch):
     def no_compiler(model):
         raise RuntimeError("no compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    for rows in _train(["compile", "eager"], batches=[1, 2]):
+    for rows in _train(["compile", "eager"], batch=(1, 2)):
         assert rows["compile"].error == "RuntimeError: no compiler" and not rows["compile"].seconds
         assert rows["eager"].seconds
 
 
 @pytest.mark.parametrize("short", ["foreseen", "while timing", "while preparing"])
-def test_one_after_another_where_memory_is_short(short, no_profiler, monkeypatch):
+def test_short_memory_times_one_by_one(short, no_profiler, monkeypatch):
     together, measure = [], train_step.measure
 
     def limited(makers, *args, **options):
@@ -155,7 +157,7 @@ def test_one_after_another_where_memory_is_short(short, no_profiler, monkeypatch
     assert len(rows[CONTROL].seconds) == 2 * len(rows["eager"].seconds) and not any(r.error for r in rows.values())
 
 
-def test_nanogpt_is_loaded_from_its_folder_with_our_weights(no_profiler, tmp_path, capsys):
+def test_nanogpt_gets_our_weights(no_profiler, tmp_path, capsys):
     """A model.py that has nanoGPT's names."""
     (tmp_path / "model.py").write_text(
         "from dataclasses import dataclass\n"
@@ -170,16 +172,9 @@ def test_nanogpt_is_loaded_from_its_folder_with_our_weights(no_profiler, tmp_pat
         "                                          bias=c.bias))\n"
     )
     missing = {}
-    (rows,) = _train(["eager", "nanogpt", "hf"], missing, nanogpt=tmp_path, overrides={"bias": False})
+    (rows,) = _train(["eager", "nanogpt", "hf"], missing, nanogpt=tmp_path, bias=False)
     assert rows["nanogpt"].seconds and capsys.readouterr().out == ""
     assert set(rows) == {"eager", "nanogpt", CONTROL} and "has biases" in missing["hf"]
-
-
-def test_settings_that_make_no_model():
-    with pytest.raises(UserError, match="tiny cannot be changed so: n_head must divide"):
-        _train(["eager"], overrides={"n_head": 3})
-    with pytest.raises(UserError, match="16 tokens and 1 more do not fit the 16 positions"):
-        next(generate.run(CPU, "tiny", [1], 16, 1, torch.float32, {}, overrides=SMALL))
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -191,45 +186,77 @@ def task():
     return generate._Task(model, torch.randint(61, (3, 5)), 9)
 
 
-def test_generation_is_timed_in_two_phases():
+def _generate(monkeypatch, missing=None, **options):
+    """The rows of generation by a clock on which each call of prefill takes 1 s and each of decode 2 s."""
+
+    def measure(makers, device, clock, *, seconds):
+        measured = Measured(clock, state={"watts": 1.0})
+        for name, maker in makers.items():
+            try:
+                maker()()
+                measured.seconds[name] = (1.0, 1.0) if name.endswith("prefill") else (2.0, 2.0)
+                measured.host[name] = 0.5
+            except Exception as error:
+                measured.failed[name] = error_line(error)
+        measured.seconds[CONTROL] = (0.1, 0.2)
+        return measured
+
+    monkeypatch.setattr(generate, "measure", measure)
+    report = Report({}, {}, "", missing={} if missing is None else missing)
+    command = generate.Generate(preset="nano", **{"prompt": 5, "tokens": 9, "dtype": "float32", **options})
+    return list(command.groups(CPU, report))
+
+
+def test_generation_is_timed_in_two_phases(monkeypatch):
     missing = {}
-    groups = list(generate.run(CPU, "tiny", [1, 2], 5, 9, torch.float32, missing, seconds=0.0, overrides=SMALL))
+    groups = _generate(monkeypatch, missing, batch=(1, 2))
     assert [rows[0].group for rows in groups[:2]] == [
-        "tiny batch=1 prompt=5 tokens=9 float32 prefill wall", "tiny batch=1 prompt=5 tokens=9 float32 decode wall"
+        "nano batch=1 prompt=5 tokens=9 float32 prefill wall", "nano batch=1 prompt=5 tokens=9 float32 decode wall"
     ]  # fmt: skip
     assert len(groups) == 4 and missing == dict.fromkeys(("triton", "triton+graph", "hf_static"), "needs a CUDA device")
-    for rows, tokens in zip(groups, (5, 9, 10, 18), strict=True):
+    for rows, tokens, seconds in zip(groups, (5, 9, 10, 18), (1.0, 2.0, 1.0, 2.0), strict=True):
         assert [row.provider for row in rows] == ["eager", "hf", CONTROL] and not any(row.error for row in rows)
-        assert rows[0].metrics["tokens_per_s"] == pytest.approx(tokens / rows[0].ms() * 1e3)
+        assert rows[0].seconds == (seconds, seconds) and rows[0].metrics["host_ms"] == 500.0
+        assert rows[0].metrics["tokens_per_s"] == pytest.approx(tokens / seconds)
+        assert rows[-1].seconds == (0.1, 0.2) and rows[-1].metrics == {"watts": 1.0}
 
 
-def test_the_phases_are_told_apart_round_by_round():
-    calls = {name: generate._calls(name) for name in ("a", "b", "c")}
-    measured = Measured("events", state={"watts": 1.0})
-    measured.seconds = {calls["a"][0]: (1.0, 2.0), calls["a"][1]: (4.0, 7.0), CONTROL: (0.1, 0.2)}
-    measured.seconds |= {calls["b"][0]: (1.0, 5.0), calls["b"][1]: (4.0, 4.0), calls["c"][0]: (1.0, 1.0)}
-    measured.failed = {calls["c"][1]: "OutOfMemoryError: so much"}
-    measured.host = {calls["a"][0]: 0.5, calls["a"][1]: 2.0, calls["b"][0]: 0.5, calls["b"][1]: 2.0}
-    phases = generate._phases(measured, ["a", "b", "c", "d"], {"d": "writes another text"})
-    prefill, decode = phases["prefill"], phases["decode"]
-    assert prefill.seconds == {"a": (1.0, 2.0), "b": (1.0, 5.0), CONTROL: (0.1, 0.2)} and prefill.host["a"] == 0.5
-    assert decode.seconds == {"a": (3.0, 5.0), CONTROL: (0.1, 0.2)} and decode.host["a"] == 1.5
-    assert prefill.failed == {"c": "OutOfMemoryError: so much", "d": "writes another text"}
-    assert decode.failed == prefill.failed | {
-        "b": "in one round all tokens took less time than the first: write more of them"
-    }
-    rows: list[Row] = decode.rows("generate", {}, lambda provider, median: {})
-    assert next(row for row in rows if row.provider == CONTROL).metrics == {"watts": 1.0}
+def test_failed_phase_leaves_the_other(monkeypatch):
+    write = generate._Ours.__call__
+
+    def short_of_memory(self, tokens, after_first=generate._nothing):
+        if after_first is not generate._nothing:
+            raise torch.OutOfMemoryError("so much")
+        return write(self, tokens, after_first)
+
+    monkeypatch.setattr(generate._Ours, "__call__", short_of_memory)
+    (prefill, decode) = _generate(monkeypatch, batch=(1,), provider=("eager",))
+    assert prefill[0].seconds and not prefill[0].error
+    assert decode[-1].error == "OutOfMemoryError: so much" and not decode[-1].seconds
+
+
+@pytest.mark.parametrize("name", ["eager", "hf"])
+def test_decode_time_starts_after_the_first_token(name, task):
+    passes, at_start = [], []
+    write = generate._writer(name, task)
+
+    def count(module, *_):
+        if type(module).__name__ in ("GPT", "GPT2LMHeadModel"):
+            passes.append(1)
+
+    with torch.nn.modules.module.register_module_forward_hook(count):
+        write(10, lambda: at_start.append(len(passes)))
+    assert (at_start, len(passes)) == ([1], 10)
 
 
 @pytest.mark.parametrize("name", ["hf", "hf_static", pytest.param("triton", marks=needs_triton)])
-def test_others_write_the_same_text(name, task):
+def test_other_providers_write_the_same_text(name, task):
     expected = generate._Ours(task, "eager")(10).clone()
-    assert torch.equal(generate._writer(name, task)(10), expected)
+    assert torch.equal(generate._writer(name, task)(10, generate._nothing), expected)
     assert all(len(set(text)) > 3 for text in expected.tolist())  # a text that repeats a token proves little
 
 
-def test_a_text_is_that_of_the_model_and_its_start_that_of_a_shorter_one(task):
+def test_text_equals_generation_without_a_cache(task):
     """Against the whole text read anew for each token, without a cache."""
     ours, text = generate._Ours(task, "eager"), task.prompt
     with torch.no_grad():
@@ -240,27 +267,25 @@ def test_a_text_is_that_of_the_model_and_its_start_that_of_a_shorter_one(task):
     )
 
 
-def test_a_wrong_cache_is_noticed(task, monkeypatch):
+def test_wrong_cache_is_refused(task, monkeypatch):
     """The weights are such that a text depends on what was read before its last token."""
     expected = generate._Ours(task, "eager")(10)
     write = KVCache.write
     monkeypatch.setattr(KVCache, "write", lambda self, layer, k, v: write(self, layer, k, 0.9 * v))
-    with pytest.raises(generate._Refused, match="writes another text: token"):
+    with pytest.raises(Refused, match="writes another text: token"):
         generate._check(task.model, task.prompt, expected, generate._Ours(task, "eager")(10))
 
 
-def test_another_text_is_not_timed(monkeypatch):
-    monkeypatch.setattr(
-        generate, "_theirs", lambda task, cache: lambda tokens: torch.zeros(2, tokens, dtype=torch.int64)
-    )
-    run = generate.run(CPU, "tiny", [2], 5, 4, torch.float32, {}, seconds=0.0, overrides=SMALL)
-    for rows in run:
+def test_wrong_text_is_not_timed(monkeypatch):
+    zeros = lambda tokens, after_first: torch.zeros(2, tokens, dtype=torch.int64)  # noqa: E731
+    monkeypatch.setattr(generate, "_theirs", lambda task, cache: zeros)
+    for rows in _generate(monkeypatch, batch=(2,), tokens=4):
         (hf,) = (row for row in rows if row.provider == "hf")
         assert hf.error.startswith("writes another text: token 0 of sequence 0 is 0 and not") and not hf.seconds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_near_tie_may_fall_either_way(dtype, task):
+def test_near_tie_is_accepted(dtype, task):
     """A token whose row of the table is all but that of the likeliest one is as likely; one further off is not."""
     model = generate._model(GPTConfig(**SMALL), dtype, CPU)
     prompt = task.prompt[:1]
@@ -271,7 +296,7 @@ def test_a_near_tie_may_fall_either_way(dtype, task):
     weight[twin] = (1 - torch.finfo(dtype).eps) * weight[likeliest]
     generate._check(model, prompt, expected, ids)
     weight[twin] = (1 - 64 * torch.finfo(dtype).eps) * weight[likeliest]
-    with pytest.raises(generate._Refused, match=f"token 0 of sequence 0 is {twin} and not {likeliest}"):
+    with pytest.raises(Refused, match=f"token 0 of sequence 0 is {twin} and not {likeliest}"):
         generate._check(model, prompt, expected, ids)
 
 
@@ -279,12 +304,15 @@ def test_a_near_tie_may_fall_either_way(dtype, task):
 
 
 @pytest.mark.gpu
-def test_every_rung_and_the_graphs_on_a_gpu():
-    device, missing = torch.device("cuda"), {}
-    options = {"seconds": 0.01, "overrides": SMALL | {"n_embd": 64}}
+def test_every_provider_on_a_gpu(monkeypatch):
+    monkeypatch.setitem(PRESETS, "nano", GPTConfig(**SMALL | {"n_embd": 64}))
+    device = torch.device("cuda")
     providers = [name for name in train_step.LADDER if name != "compile"]
-    (rows,) = train_step.run(device, "tiny", [2], 16, torch.bfloat16, missing, providers=providers, **options)
-    assert [row.provider for row in rows] == [*providers, CONTROL] and not any(row.error for row in rows)
-    names = ["eager", "triton", "triton+graph"]
-    for rows in generate.run(device, "tiny", [3], 5, 9, torch.bfloat16, missing, providers=names, **options):
-        assert [row.provider for row in rows] == [*names, CONTROL] and not any(row.error for row in rows)
+    (rows,) = _train(providers, device=device, dtype="bfloat16", seconds=0.01)
+    assert list(rows) == [*providers, CONTROL] and not any(row.error for row in rows.values())
+    names = ("eager", "triton", "triton+graph")
+    command = generate.Generate(
+        preset="nano", batch=(3,), prompt=5, tokens=9, dtype="bfloat16", provider=names, seconds=0.01
+    )
+    for group in command.groups(device, Report({}, {}, "")):
+        assert [row.provider for row in group] == [*names, CONTROL] and not any(row.error for row in group)

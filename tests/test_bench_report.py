@@ -1,4 +1,4 @@
-"""What is made of a report for readers: Markdown, the HTML page, charts, tables of the README, lines on a terminal."""
+"""Reports as Markdown, as a page with charts, as tables of the README, and as lines on a terminal."""
 
 import itertools
 import random
@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from bench import __main__ as command
 from bench import charts, report, tables
 from bench.record import CONTROL, Report, Row
 from model.cli import UserError
@@ -130,7 +131,6 @@ def cpu_report():
         rows += kernel_rows(rng, op, ("wall",), ["M=1024 N=768", "M=768 N=1024"], 1.5)
     rows += train_rows(rng, 1, "wall", ("plain", "eager", "compile"))
     rows += [*generate_rows(rng, 1, "wall", ("eager", "hf")), *memory_rows(1, measured=True)]
-    rows.append(Row("micro", {"test": "bench/test_micro.py::test_x"}, "ours", "wall", (1e-3, 2e-3, 3e-3)))
     roofs = {"copy": {"65536": 1e-5}, "flops": {"float32": 1e11}}
     return a_report("A CPU", rows, method={"wall": "by torch.utils.benchmark", "roofs": roofs})
 
@@ -189,7 +189,7 @@ def test_numbers_have_three_digits(value, shown):
     assert tables.num(value) == shown
 
 
-def test_ratio_and_floor_as_by_hand():
+def test_ratio_and_floor_match_hand_computed():
     ours = row("kernels", layer_norm(), "triton", (2.0, 2.0, 2.0), "graph", floor=0.812, gb_per_s=1234.0, tflop_per_s=0)
     faster = row("kernels", layer_norm(), "liger", (1.0, 1.5, 1.0), "graph")
     slower = row("kernels", layer_norm(), "eager", (5.0, 5.0, 5.0), "graph")
@@ -206,7 +206,7 @@ def test_ratio_and_floor_as_by_hand():
     "theirs, mark",
     [((2, 2, 2, 2, 0.5), "win"), ((2, 2, 0.5, 0.5, 2), "tie"), ((0.5, 0.5, 0.5, 0.5, 2), "loss"), ((1,) * 5, "tie")],
 )
-def test_a_mark_needs_four_fifths_of_the_rounds(theirs, mark):
+def test_mark_needs_four_fifths_of_the_rounds(theirs, mark):
     """Rounds are compared with each other: a machine that slows down in the middle slows both."""
     slow = (1, 1, 1, 50, 50)
     ours = row("kernels", layer_norm(), "triton", slow)
@@ -214,7 +214,7 @@ def test_a_mark_needs_four_fifths_of_the_rounds(theirs, mark):
     assert tables.ratio(other, ours).mark == mark
 
 
-def test_the_summary_counts_wins_and_losses():
+def test_summary_counts_wins_and_losses():
     rows = []
     for case, theirs in (("M=1", 4.0), ("M=2", 1.0), ("M=3", 0.25), ("M=4", 0.25)):
         params = layer_norm(case=case)
@@ -223,10 +223,10 @@ def test_the_summary_counts_wins_and_losses():
     assert table_rows(report.markdown([made]), "Ours against each, wall")[1:] == [
         ["layer_norm", "float32", "0.707x ▼ 1/1/2"]  # the fourth root of 4 * 1 / 4 / 4
     ]
-    assert tables.glance(made) == [("1 of 4", "comparisons of kernels won by triton, 2 lost (wall)")]
+    assert tables.highlights(made) == [("1 of 4", "comparisons of kernels won by triton, 2 lost (wall)")]
 
 
-def test_a_step_of_the_ladder_is_told_against_the_last_one_below_that_was_timed():
+def test_ladder_gain_is_over_the_nearest_timed_step():
     params = {"preset": "tiny", "batch": 2, "context": 8, "dtype": "float32"}
     rows = [
         row("train", params, name, (ms,) * 5) for name, ms in (("eager", 8), ("compile", 6), ("+gelu", 4), ("hf", 1))
@@ -248,7 +248,7 @@ def test_training_and_generation_are_told_against_eager_and_hf(text):
     assert rows[0][4].startswith("▲ 1.2") and rows[1][4] == "-"
 
 
-def test_memory_is_told_against_the_prediction(text):
+def test_memory_is_compared_with_the_prediction(text):
     head, *rows = table_rows(text, "gpt2 bfloat16, context 1024")
     assert head[-3:] == ["predicted MiB", "measured MiB", "measured / predicted"]
     assert rows[0][:2] == ["4", "eager"] and rows[0][-1] == "1.03" and rows[-1][-2:] == ["-", "-"]
@@ -257,7 +257,7 @@ def test_memory_is_told_against_the_prediction(text):
 # --- honesty ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_red_kernel_has_a_reason_and_no_ratio(text):
+def test_failed_kernel_has_a_reason_and_no_ratio(text):
     cells = table_rows(text, "bias_gelu, bfloat16, graph")[1]
     assert cells[2].startswith("failed") and not any("x" in cell for cell in cells)
     errors = table_rows(text, "Not timed")
@@ -270,12 +270,12 @@ def test_a_red_kernel_has_a_reason_and_no_ratio(text):
     assert ["layer_norm M=65536 N=768 bfloat16 forward events and 1 more", "liger"] in [e[1:3] for e in errors]
 
 
-def test_what_is_missing_or_left_out_is_named(text):
-    assert table_rows(text, "Providers that are missing")[1][0] == "cce"
-    assert table_rows(text, "Left out")[1:] == [["train batch=64"], ["generate"]]
+def test_missing_and_skipped_are_named(text):
+    assert table_rows(text, "Missing providers")[1][0] == "cce"
+    assert table_rows(text, "Skipped")[1:] == [["train batch=64"], ["generate"]]
 
 
-def test_the_head_says_where_when_and_how(text):
+def test_facts_say_where_when_and_how(text):
     for words in (
         "device: NVIDIA H100", "torch: 2.13.0", "commit: 0123456789ab", "date: 2025-01-01", "graph: by graph",
         "measured roof, copy: 3,000 GB/s", "measured roof, bfloat16: 710 TFLOP/s", "61.0 to 61.0 °C",
@@ -285,7 +285,7 @@ def test_the_head_says_where_when_and_how(text):
     assert "unused" not in text  # how a clock works that no row of the report has
 
 
-def test_on_a_cpu_it_is_said_that_ours_are_operators_of_pytorch(reports):
+def test_cpu_report_says_ours_are_pytorch_operators(reports):
     gpu, cpu = (report.markdown([r]) for r in reports)
     assert report._EAGER in cpu and report._EAGER not in gpu
     assert "won by" in gpu and "won by" not in cpu
@@ -331,7 +331,7 @@ def charts_of(page):
     return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
 
 
-def test_the_page_is_whole_and_needs_nothing_else(page):
+def test_page_is_self_contained(page):
     parsed = Page(page)
     assert not re.search(r"https?://|@import|url\(|<link|src=", page)
     ids = [attrs["id"] for _, attrs in parsed.tags if "id" in attrs]
@@ -350,7 +350,7 @@ def test_every_table_is_sortable_and_scrolls_in_its_box(page):
     assert all(re.fullmatch(r"-?[\d.e-]+", attrs["data-value"]) for attrs in parsed.all("td") if "data-value" in attrs)
 
 
-def test_every_chart_says_what_it_is(page):
+def test_charts_have_titles_and_descriptions(page):
     drawn = charts_of(page)
     assert len(drawn) == 12 + 2 + 6 + 3 + 2 + 2 + 2 + 1  # a GPU: ratios, floor and roofline, ladders, memory; a CPU
     assert all(svg.find("title").text and svg.find("desc").text for svg in drawn)
@@ -388,7 +388,7 @@ def test_wins_and_losses_differ_in_shape():
     )  # 2 and 1 / 2, on a log axis
 
 
-def test_a_ladder_shows_gains_and_intervals():
+def test_ladder_shows_gains_and_intervals():
     params = {"preset": "tiny", "batch": 2, "context": 8, "dtype": "float32"}
     rows = [
         row("train", params, name, samples, tokens_per_s=rate)
@@ -411,14 +411,14 @@ def test_a_ladder_shows_gains_and_intervals():
     assert charts.ladder(group, "peak_mib", "t") == ""
 
 
-def test_the_roofline_holds_its_points(reports):
+def test_roofline_contains_its_points(reports):
     found = [g for g in tables.groups(reports[0], "kernels") if g.clock == "graph"]
     svg = ElementTree.fromstring(charts.roofline(found, reports[0], "t"))
     tips = [e.find("title").text for e in svg.iter() if e.find("title") is not None and e.tag != "svg"]
     assert any(tip.startswith("triton, causal_attention") and "60.0 FLOP a byte" in tip for tip in tips)
-    shapes = {kind: [e for e in svg.iter() if e.get("class") == kind] for kind in ("series0", "series1")}
-    left = float(shapes["series1"][0].get("points").split(",")[0])  # decoding needs more bytes for a product
-    assert left < float(shapes["series0"][0].get("cx"))
+    shapes = {kind: [e for e in svg.iter() if e.get("class") == kind] for kind in ("mark run0", "mark run1")}
+    left = float(shapes["mark run1"][0].get("points").split(",")[0])  # decoding needs more bytes for a product
+    assert left < float(shapes["mark run0"][0].get("cx"))
     case = next(g for g in found if g.get("op") == "causal_attention")
     fastest = min((name for name in case.rows if name != "triton"), key=lambda name: case.rows[name].ms())
     assert any(tip.startswith(f"{fastest}, {case.label()}:") for tip in tips)
@@ -426,7 +426,7 @@ def test_the_roofline_holds_its_points(reports):
     assert charts.roofline(without, reports[0], "t") == ""  # no product, no roofline
 
 
-def test_bars_of_memory_are_as_long_as_what_they_show():
+def test_memory_bars_are_proportional():
     made = list(memory_rows(4, measured=True))
     svg = ElementTree.fromstring(charts.memory(made, "t"))
     wide = {e.find("title").text: float(e.get("width")) for e in svg.iter("rect") if e.find("title") is not None}
@@ -442,13 +442,14 @@ def test_bars_of_memory_are_as_long_as_what_they_show():
     assert cards == ["16 GB", "12 GB", "8 GB", "6 GB"]
 
 
-def test_a_chart_or_section_without_data_is_left_out():
+def test_empty_charts_and_sections_are_omitted():
     empty = report.html([a_report("A CPU", [])])
     assert Page(empty).all("svg") == [] and Page(empty).all("h3") == []
     alone = row("kernels", layer_norm(), "triton", (1.0,))
     assert "<svg" not in report.html([small(alone)]) and "<figure" not in report.html([small(alone)])
-    failed = Row("micro", layer_norm(), "triton", error="RuntimeError: no")
-    assert "### micro" not in report.markdown([small(failed)])
+    for kind, heading in (("train", "Training"), ("micro", "micro")):
+        failed = Row(kind, layer_norm(), "triton", error="RuntimeError: no")
+        assert f"### {heading}" not in report.markdown([small(failed)])
     assert "RuntimeError: no" in report.markdown([small(failed)])
 
 
@@ -464,18 +465,18 @@ def test_hostile_names_stay_text():
     page, text = report.html([made]), report.markdown([made])
     assert len(Page(page).all("script")) == 1 and len(charts_of(page)) == 4
     assert "<script" not in text and "<!--" not in text
-    assert [len(cells) for cells in table_rows(text, "Providers that are missing")] == [2, 2]
+    assert [len(cells) for cells in table_rows(text, "Missing providers")] == [2, 2]
     assert r"\|\`\*\_\[a\](b) &lt;!--" in text
 
 
-def test_the_same_reports_give_the_same_bytes(reports, page, text):
+def test_output_is_deterministic(reports, page, text):
     assert report.html([gpu_report(), cpu_report()]) == page and report.markdown(reports) == text
 
 
 # --- README and terminal ---------------------------------------------------------------------------------------------
 
 
-def test_the_readme_shows_what_reports_hold(reports):
+def test_readme_tables_show_the_reports(reports):
     gpu, cpu = reports
     parts = report.readme_tables({"bench/results/gpu.json": gpu, "bench/results/cpu.json": cpu})
     assert list(parts) == ["bench kernels", "bench train", "bench generate", "bench memory"]
@@ -489,7 +490,7 @@ def test_the_readme_shows_what_reports_hold(reports):
     assert set(report.readme_tables({}).values()) == {report.NO_GPU}
 
 
-def test_the_readme_is_changed_between_its_markers_only():
+def test_readme_changes_only_between_markers():
     before = "a\n<!-- bench train -->\nold\n<!-- /bench train -->\nb\n"
     after = report.update_readme(before, {"bench train": r"| \1 |"})
     assert after == "a\n<!-- bench train -->\n| \\1 |\n<!-- /bench train -->\nb\n"
@@ -497,12 +498,23 @@ def test_the_readme_is_changed_between_its_markers_only():
 
 
 @pytest.mark.parametrize("text", ["", "<!-- bench train -->", "<!-- /bench train --> <!-- bench train -->"])
-def test_a_readme_without_a_marker_is_refused(text):
+def test_readme_without_marker_is_refused(text):
     with pytest.raises(UserError, match=r"no place for bench train: .*<!-- /bench train -->"):
         report.update_readme(text, {"bench train": "x"})
 
 
-def test_a_row_is_a_line_on_a_terminal(reports):
+def test_readme_links_are_relative_to_its_folder(reports, tmp_path, capsys):
+    (tmp_path / "results/cpu").mkdir(parents=True)
+    reports[1].write(tmp_path / "results/cpu/x.json")
+    for readme, link in (("results/README.md", "cpu/x.json"), ("docs/README.md", "../results/cpu/x.json")):
+        path = tmp_path / readme
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(f"<!-- bench {kind} -->\n<!-- /bench {kind} -->\n" for kind in report._COMMANDS))
+        command.main(["report", str(tmp_path / "results"), "--readme", str(path)])
+        assert path.read_text().count(f"[{link}]({link})") == 4
+
+
+def test_row_is_one_line_on_a_terminal(reports):
     ours = row("kernels", layer_norm(), "triton", (2.0, 2.0, 2.0), "events", gb_per_s=1234, floor=0.8, host_ms=0.04)
     line = report.line(ours)
     assert re.sub(" +", " ", line) == (
@@ -514,7 +526,7 @@ def test_a_row_is_a_line_on_a_terminal(reports):
     assert all("\n" not in report.line(r) for each in reports for r in each.rows)
 
 
-def test_the_copies_of_weights_in_16_bits_are_shown_where_there_are_some():
+def test_working_copies_of_weights_have_a_column():
     """A part that a report in float32 does not have: no column there, and one here."""
     metrics = {"parameters_mib": 475.0, "working_mib": 162.0, "predicted_mib": 637.0}
     row = Row("memory", {"preset": "gpt2", "batch": 1, "context": 1024, "dtype": "bfloat16"}, "triton", metrics=metrics)

@@ -26,7 +26,7 @@ def cleaned(text: str) -> str:
 # Cleaning
 
 
-def test_header_and_footer_go_with_the_blank_lines_next_to_them():
+def test_header_and_footer_include_neighbouring_blank_lines():
     assert cleaned(HEADER + START + "\n \n\nCHAPTER I.\n\nText.\n\n\n" + END + FOOTER) == "CHAPTER I.\n\nText.\n"
 
 
@@ -79,7 +79,7 @@ def test_start_line_far_into_a_text_is_text():
     assert cleaned(text) == text
 
 
-def test_end_line_followed_by_more_than_a_footer_is_text():
+def test_end_line_before_long_text_is_text():
     body = "Text.\n\n" + END + "A line of a long essay on file formats.\n" * 2000
     assert cleaned(HEADER + START + body) == body
     assert cleaned(HEADER + START + body + "\n" + END + FOOTER) == body
@@ -101,7 +101,7 @@ LINES = st.sampled_from(["Text.\n", "\n", "  \n", "*** \n", "a\r\n", "b\r", STAR
 
 
 @given(lines=st.lists(LINES, max_size=12), cuts=st.lists(st.integers(0, 300), max_size=8))
-def test_the_parts_in_which_a_text_comes_do_not_matter(lines, cuts):
+def test_result_does_not_depend_on_the_parts(lines, cuts):
     text = "".join(lines)
     bounds = [0, *sorted(cuts), len(text)]
     parts = [text[a:b] for a, b in itertools.pairwise(bounds)]
@@ -154,7 +154,7 @@ def test_documents_refuses(tmp_path):
         documents(Path("/dev/null"))
 
 
-def test_read_joins_characters_cut_by_the_size_of_a_read(tmp_path, monkeypatch):
+def test_read_joins_split_characters(tmp_path, monkeypatch):
     monkeypatch.setattr(books, "_READ_BYTES", 3)
     (tmp_path / "a.txt").write_text("naïve 🙂 中文", encoding="utf-8")
     assert "".join(read(tmp_path / "a.txt")) == "naïve 🙂 中文"
@@ -228,7 +228,7 @@ def test_list_command(tmp_path, capsys):
     ]
 
 
-def test_list_command_refuses_in_plain_words(tmp_path, capsys):
+def test_list_command_refuses_bad_input(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         run(books.main, books.BooksConfig, prog="books", argv=["list", str(tmp_path / "missing")])
     assert exit_.value.code == 2

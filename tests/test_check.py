@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kernels import __main__ as command
-from kernels import _proof, use_backend
+from kernels import _check, _proof, use_backend
+from kernels._backend import current_backend
 from kernels._registry import KernelSpec, all_specs, register
 
 ROOT = Path(__file__).parent.parent
@@ -20,8 +21,6 @@ def _scale_spec(factor: float) -> KernelSpec:
     """A kernel `y = 2x` that is off by a factor on the Triton path."""
 
     def fn(x):
-        from kernels._dispatch import current_backend
-
         return x * (2.0 * factor if current_backend() == "triton" else 2.0)
 
     def make_inputs(case, draw):
@@ -34,7 +33,8 @@ def _scale_spec(factor: float) -> KernelSpec:
 def specs(monkeypatch):
     """The registry in place of which the check sees this dictionary."""
     mine = {}
-    monkeypatch.setattr(command, "all_specs", lambda: mine)
+    for module in (_check, command):
+        monkeypatch.setattr(module, "all_specs", lambda: mine)
     monkeypatch.setattr(command, "device_problem", lambda *args: None)
     return mine
 
@@ -51,24 +51,25 @@ def test_check_finds_a_wrong_kernel(factor, code, specs, capsys, tmp_path):
     assert written["verdict"] == out.splitlines()[-1] and bool(written["failures"]) == bool(code)
 
 
-def test_quick_takes_the_first_case_and_one_dtype(specs):
+def test_quick_takes_the_first_case(specs):
     specs["scale"] = dataclasses.replace(_scale_spec(1.0), cases=({"M": 64}, {"M": 3}))
-    whole = command.check(["scale"], [torch.float32], torch.device("cpu"))
-    quick = command.check(["scale"], [torch.float32], torch.device("cpu"), quick=True)
-    assert {row.case["M"] for row in whole.rows} == {64, 3} and {row.case["M"] for row in quick.rows} == {64}
+    whole = _check.check(["scale"], [torch.float32], torch.device("cpu"))
+    quick = _check.check(["scale"], [torch.float32], torch.device("cpu"), quick=True)
+    assert {row.case["M"] for row in whole.comparisons} == {64, 3}
+    assert {row.case["M"] for row in quick.comparisons} == {64}
 
 
-def test_a_check_out_of_time_has_given_every_kernel_its_turn_and_says_what_is_left(specs):
+def test_check_out_of_time_reaches_every_kernel_first(specs):
     specs["scale"], specs["wrong"] = _scale_spec(1.0), dataclasses.replace(_scale_spec(1.001), name="wrong")
     asked = iter([False, False, True])
-    verdict = command.check(["scale", "wrong"], [torch.float32], torch.device("cpu"), over=lambda: next(asked))
-    assert {row.kernel for row in verdict.rows} == {"scale", "wrong"}
-    assert verdict.red == {("wrong", torch.float32)}
-    assert verdict.left_out == 2 * len(_proof.FAMILIES) - 2 == verdict.as_dict()["left_out"]
-    assert f"no time for {verdict.left_out} cases" in verdict.line() and "FAILED" in verdict.line()
+    result = _check.check(["scale", "wrong"], [torch.float32], torch.device("cpu"), out_of_time=lambda: next(asked))
+    assert {row.kernel for row in result.comparisons} == {"scale", "wrong"}
+    assert result.failed == {("wrong", torch.float32)}
+    assert result.skipped == 2 * len(_proof.FAMILIES) - 2 == result.as_dict()["left_out"]
+    assert f"no time for {result.skipped} cases" in result.line() and "FAILED" in result.line()
 
 
-def test_check_reports_a_kernel_that_raises_and_goes_on(specs, capsys):
+def test_check_reports_a_raising_kernel_and_continues(specs, capsys):
     def broken(x):
         raise RuntimeError("no such register")
 
@@ -79,13 +80,13 @@ def test_check_reports_a_kernel_that_raises_and_goes_on(specs, capsys):
     assert "\nscale " in out
 
 
-def test_a_report_that_cannot_be_written_is_said(specs, capsys, tmp_path):
+def test_unwritable_report_is_an_error(specs, capsys, tmp_path):
     specs["scale"] = _scale_spec(1.0)
     assert command.main(["check", "--json", str(tmp_path / "no" / "check.json")]) == 2
     assert capsys.readouterr().err.startswith("error: cannot write ")
 
 
-def test_the_rule():
+def test_tolerance_rule():
     truth = torch.tensor([1.0, -3.0], dtype=torch.float64)
     eager = torch.tensor([1.0, -3.0 + 2**-20])
     # twice eager's error of 2^-20, and two ulps of 3, which lies in [2, 4): 2^-22 each
@@ -97,7 +98,7 @@ def test_the_rule():
         _proof.compare("op", {}, "y", got.half(), eager, truth, gradient=False)
 
 
-def test_what_this_machine_has(capsys):
+def test_command_describes_this_machine(capsys):
     assert command.main([]) == 0
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out
@@ -105,7 +106,7 @@ def test_what_this_machine_has(capsys):
 
 
 @pytest.mark.parametrize("argv", [["check", "--op", "nothing"], ["prove"], ["check", "--dtype", "int8"]])
-def test_bad_arguments_get_one_line_and_exit_code_2(argv, capsys):
+def test_bad_arguments_give_one_line(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(argv)
     assert stop.value.code == 2
@@ -113,7 +114,7 @@ def test_bad_arguments_get_one_line_and_exit_code_2(argv, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_a_taken_name_is_refused():
+def test_duplicate_kernel_name_is_refused():
     all_specs()
     with pytest.raises(ValueError, match="'layer_norm' is registered already"):
         register(all_specs()["layer_norm"])
@@ -149,7 +150,7 @@ sys.exit(main(["check"]))
 """
 
 
-def test_everything_but_the_kernels_works_without_triton():
+def test_eager_paths_work_without_triton():
     done = _python(NO_TRITON)
     assert done.returncode == 2, done.stderr
     assert "no triton" in done.stdout
@@ -157,7 +158,7 @@ def test_everything_but_the_kernels_works_without_triton():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
-def test_triton_on_a_cpu_without_the_interpreter_is_refused():
+def test_triton_on_cpu_needs_the_interpreter():
     done = _python(
         "import torch, kernels\n"
         "try:\n"
@@ -168,8 +169,6 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused():
 
 
 def test_backend_is_restored_after_an_error():
-    from kernels._dispatch import current_backend
-
     with pytest.raises(KeyError), use_backend("eager"):
         raise KeyError
     assert current_backend() == "auto"

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import checkpoint
+from model import checkpoint, files
 from model.cli import UserError
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -70,14 +70,14 @@ def save_failure(run, step, *, mark=0.0) -> Path:
 
 
 def kept(run) -> list[int]:
-    return [int(name.removeprefix("step-")) for name in checkpoint.names(run)]
+    return [int(name.removeprefix("step-")) for name in checkpoint.list_checkpoints(run)]
 
 
-def mark(run, which="last") -> float:
-    return checkpoint.load(run, which).parts["trainer"]["mark"].item()
+def mark(run, name="last") -> float:
+    return checkpoint.load(run, name).parts["trainer"]["mark"].item()
 
 
-def rubbish(run) -> list[str]:
+def partial(run) -> list[str]:
     return sorted(path.name for path in run.rglob("*") if ".tmp" in path.name or "-new" in path.name)
 
 
@@ -127,13 +127,13 @@ def test_who_may_read_the_run_may_read_its_files(run):
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
 
 
-def test_a_loaded_tensor_can_be_changed_and_its_file_stays(run):
+def test_changing_a_loaded_tensor_leaves_its_file(run):
     save(run, 1, mark=3.0)
     checkpoint.load(run).parts["trainer"]["mark"].fill_(4.0)
     assert mark(run) == 3.0
 
 
-def test_loading_reads_through_the_map_and_saving_makes_no_copy(run, monkeypatch):
+def test_loading_maps_files_and_saving_makes_no_copy(run, monkeypatch):
     content = {"model": {"w": torch.zeros(5)}}
     pointers = []
     save_file = safetensors.torch.save_file
@@ -153,7 +153,7 @@ def test_loading_reads_through_the_map_and_saving_makes_no_copy(run, monkeypatch
 # The validation loss
 
 
-def test_the_loss_is_added_to_the_checkpoint_that_was_saved_before_it(run):
+def test_validation_loss_is_added_to_a_saved_checkpoint(run):
     folder = save(run, 10, best=1.5)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     checkpoint.record_validation(run, 10, 2.5)
@@ -163,10 +163,10 @@ def test_the_loss_is_added_to_the_checkpoint_that_was_saved_before_it(run):
     checkpoint.record_validation(run, 10, 0.5)
     state = checkpoint.load(run).state
     assert (state["val_loss"], state["best_val_loss"]) == (0.5, 0.5)
-    assert rubbish(run) == []
+    assert partial(run) == []
 
 
-def test_the_lowest_loss_is_the_first_one_where_there_was_none(run):
+def test_first_validation_loss_is_the_lowest(run):
     save(run, 10, 2.5)
     assert checkpoint.load(run).state["best_val_loss"] == 2.5
 
@@ -174,7 +174,7 @@ def test_the_lowest_loss_is_the_first_one_where_there_was_none(run):
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_is_not_recorded(run, loss):
     save(run, 10)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="must be finite"):
         checkpoint.record_validation(run, 10, loss)
 
 
@@ -204,7 +204,7 @@ def test_best_is_the_last_where_nothing_was_measured(run):
 @pytest.mark.parametrize("missing", ["", "checkpoints"])
 def test_a_folder_without_checkpoints_is_refused(tmp_path, missing):
     (tmp_path / missing).mkdir(exist_ok=True)
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint: is it"):
         checkpoint.load(tmp_path)
 
 
@@ -228,7 +228,7 @@ def test_how_many_are_kept_can_be_chosen(run, keep_last, expected):
     assert kept(run) == expected
 
 
-def test_going_back_drops_what_came_later_once_there_is_something_new(run):
+def test_resume_from_earlier_drops_later_at_next_save(run):
     for step in (10, 20, 30):
         save(run, step, step)
     assert checkpoint.load(run, "step-00000010").state["step"] == 10
@@ -239,7 +239,7 @@ def test_going_back_drops_what_came_later_once_there_is_something_new(run):
     assert mark(run) == 1.0 and checkpoint.load(run).state["val_loss"] == 7.0
     save(run, 15, mark=2.0)
     assert mark(run) == 2.0 and checkpoint.load(run).state["val_loss"] is None  # that loss was of other parameters
-    assert kept(run) == [10, 15] and rubbish(run) == []
+    assert kept(run) == [10, 15] and partial(run) == []
 
 
 # Damage
@@ -272,7 +272,7 @@ def test_damage_is_named_with_the_checkpoint_to_use_instead(run, name, damage):
         checkpoint.load(run)
     first, second = str(caught.value).splitlines()
     assert first.startswith(f"{folder / name} is damaged: ")
-    assert second == "the one before it is whole: use --which step-00000010"
+    assert second == "the one before it is intact: use --checkpoint step-00000010"
     assert checkpoint.load(run, "step-00000010").state["step"] == 10
 
 
@@ -292,17 +292,17 @@ def test_advice_passes_over_a_second_damaged_checkpoint(run):
         save(run, step, val_loss)
     for step in (20, 30):
         flip(run / f"checkpoints/step-000000{step}/optimizer.safetensors")
-    with pytest.raises(UserError, match="use --which step-00000010"):
+    with pytest.raises(UserError, match="use --checkpoint step-00000010"):
         checkpoint.load(run)
     flip(run / "checkpoints/step-00000010/model.safetensors")
-    with pytest.raises(UserError, match="no earlier one is whole"):
+    with pytest.raises(UserError, match="no earlier one is intact"):
         checkpoint.load(run)
     save(run, 40)
-    with pytest.raises(UserError, match="no earlier one is whole"):  # a later one is not before it
+    with pytest.raises(UserError, match="no earlier one is intact"):  # a later one is not before it
         checkpoint.load(run, "step-00000030")
 
 
-def test_damage_elsewhere_does_not_stop_best_or_the_next_save(run):
+def test_damage_elsewhere_stops_neither_best_nor_save(run):
     save(run, 10, 2.0)
     flip(save(run, 20, 1.0) / "state.json")
     assert checkpoint.load(run, "best").state["step"] == 10
@@ -339,10 +339,10 @@ def test_a_damaged_checkpoint_takes_no_whole_ones_place(run, name, damage):
     ("version", "words"),
     [
         (3, r"a newer version of this project \(format 3, this one reads 2\): update this one"),
-        (1, r"an older version of this project \(format 1, this one reads 2\): go on with that one"),
+        (1, r"an older version of this project \(format 1, this one reads 2\): continue with that one"),
     ],
 )
-def test_another_format_is_refused_in_words(run, version, words):
+def test_another_format_is_refused(run, version, words):
     path = save(run, 10) / "state.json"
     content = json.loads(path.read_text())
     del content["sha256"]
@@ -358,7 +358,7 @@ def test_another_format_is_refused_in_words(run, version, words):
 # Order on the disk, and death between any two operations
 
 
-def test_files_and_folders_are_flushed_before_and_after_the_rename(run, monkeypatch):
+def test_fsync_comes_before_and_after_the_rename(run, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace
 
@@ -380,7 +380,7 @@ def test_files_and_folders_are_flushed_before_and_after_the_rename(run, monkeypa
     assert events == [*FILES[:5], temporary, f"{temporary} -> step-00000020", "checkpoints"]
     events.clear()
     checkpoint.record_validation(run, 20, 1.0)
-    temporary = ".tmp-validation.json"
+    temporary = f".tmp-{os.getpid()}-validation.json"
     assert events == [temporary, f"{temporary} -> validation.json", "step-00000020"]
     events.clear()
     save(run, 30)
@@ -404,7 +404,7 @@ class Faults:
         self.wrap(patch, Path, "mkdir")
         self.wrap(patch, Path, "unlink")
         self.wrap(patch, shutil, "rmtree", lambda path, **_: next(path.iterdir()).unlink())
-        self.wrap(patch, checkpoint, "_write", lambda path, data: path.write_bytes(data[: len(data) // 2]))
+        self.wrap(patch, files, "write_file", lambda path, data, **_: path.write_bytes(data[: len(data) // 2]))
         self.wrap(patch, safetensors.torch, "save_file", lambda _, path: path.write_bytes(b"\x08\x00\x00\x00\x00"))
 
     def wrap(self, patch, owner, name, half: Callable[..., object] = lambda *_, **__: None) -> None:
@@ -446,7 +446,7 @@ SCENES = {
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "interrupted"])
 @pytest.mark.parametrize("scene", SCENES)
-def test_death_at_any_operation_leaves_the_checkpoint_before_or_the_new_one(tmp_path, monkeypatch, scene, killed):
+def test_crash_at_any_operation_leaves_old_or_new(tmp_path, monkeypatch, scene, killed):
     prepare, act, old, new, expected = SCENES[scene]
     (tmp_path / "before").mkdir()
     prepare(tmp_path / "before")
@@ -464,22 +464,22 @@ def test_death_at_any_operation_leaves_the_checkpoint_before_or_the_new_one(tmp_
     for at in range(1, attempt("counted") + 1):
         run = tmp_path / f"run-{at}"
         attempt(run.name, at)
-        names = checkpoint.names(run)
+        names = checkpoint.list_checkpoints(run)
         seen.append(mark(run) if names else None)
         for name in names:  # whatever has a name is whole
             checkpoint.load(run, name)
         if old and new != old:
             assert mark(run, "best") == 10
         if at % 2:  # a save has to do without, too
-            checkpoint.tidy(run)
-            assert rubbish(run) == [] and (not names or mark(run) == seen[-1])
-        act(run)  # the run goes on and comes by here again
-        assert mark(run) == new and kept(run) == expected and rubbish(run) == []
+            checkpoint.remove_partial(run)
+            assert partial(run) == [] and (not names or mark(run) == seen[-1])
+        act(run)  # the run continues and comes by here again
+        assert mark(run) == new and kept(run) == expected and partial(run) == []
     assert len(seen) >= 3 and set(seen) <= {old, new}
     assert seen == sorted(seen, key=lambda mark: mark == new)  # once the new one is there, it stays
 
 
-def test_a_checkpoint_that_was_to_replace_another_gets_the_loss(run, monkeypatch):
+def test_interrupted_replacement_gets_the_validation_loss(run, monkeypatch):
     """Killed between the two names: the loss measured after the resume goes to the new one."""
     save(run, 10, mark=1)
 
@@ -489,7 +489,7 @@ def test_a_checkpoint_that_was_to_replace_another_gets_the_loss(run, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(checkpoint, "_discard", die)
         save(run, 10, mark=2)
-    assert checkpoint.names(run) == ["step-00000010", "step-00000010-new"] and mark(run) == 2
+    assert checkpoint.list_checkpoints(run) == ["step-00000010", "step-00000010-new"] and mark(run) == 2
     checkpoint.record_validation(run, 10, 0.5)
     assert kept(run) == [10] and mark(run) == 2 and checkpoint.load(run).state["val_loss"] == 0.5
 
@@ -502,7 +502,7 @@ def full(*args):
 
 
 @pytest.mark.parametrize("message", ["I/O error: No space left on device (os error 28)", "IoError(Os { code: 28, kind"])
-def test_a_disk_that_is_full_for_the_tensors_is_named_and_nothing_is_lost(run, monkeypatch, message):
+def test_full_disk_for_tensors_loses_nothing(run, monkeypatch, message):
     """The library has an error of its own, in words that changed between its versions."""
 
     def save_file(tensors, path):
@@ -516,10 +516,10 @@ def test_a_disk_that_is_full_for_the_tensors_is_named_and_nothing_is_lost(run, m
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(run / "checkpoints/.tmp-step-00000020/model.safetensors")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    assert rubbish(run) == []
+    assert partial(run) == []
 
 
-def test_an_error_of_the_library_that_is_not_the_systems_stays_what_it_is(run, monkeypatch):
+def test_other_safetensors_errors_pass_through(run, monkeypatch):
     def save_file(tensors, path):
         raise SafetensorError("invalid header")
 
@@ -529,7 +529,7 @@ def test_an_error_of_the_library_that_is_not_the_systems_stays_what_it_is(run, m
 
 
 @pytest.mark.parametrize("at", range(7))
-def test_a_disk_that_is_full_at_a_flush_is_named(run, monkeypatch, at):
+def test_full_disk_at_a_flush_is_named(run, monkeypatch, at):
     save(run, 10)
     fsync, calls = os.fsync, []
 
@@ -543,16 +543,16 @@ def test_a_disk_that_is_full_at_a_flush_is_named(run, monkeypatch, at):
     root = run / "checkpoints"
     temporary = root / ".tmp-step-00000020"
     assert caught.value.filename == str([*(temporary / name for name in FILES[:5]), temporary, root][at])
-    assert rubbish(run) == [] and kept(run) == ([10] if at < 6 else [10, 20])
+    assert partial(run) == [] and kept(run) == ([10] if at < 6 else [10, 20])
 
 
-def test_a_disk_that_is_full_for_the_loss_keeps_the_checkpoint(run, monkeypatch):
+def test_full_disk_for_the_loss_keeps_the_checkpoint(run, monkeypatch):
     save(run, 10)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as caught:
         checkpoint.record_validation(run, 10, 1.0)
-    assert caught.value.filename == str(run / "checkpoints/.tmp-validation.json")
-    assert rubbish(run) == [] and checkpoint.load(run).state["val_loss"] is None
+    assert caught.value.filename == str(run / f"checkpoints/step-00000010/.tmp-{os.getpid()}-validation.json")
+    assert partial(run) == [] and checkpoint.load(run).state["val_loss"] is None
 
 
 # The state before a step that went wrong
@@ -571,13 +571,13 @@ def test_a_failure_is_kept_apart_with_its_details(run):
     state = checkpoint.load(run, "failed").state
     assert state["details"] == {"loss": "nan", "rank": 1} and state["step"] == 14
     save_failure(run, 14, mark=15)  # a step that went wrong goes wrong again
-    assert mark(run, "failed") == 15 and rubbish(run) == []
+    assert mark(run, "failed") == 15 and partial(run) == []
     assert {path.name for path in (run / "failed").iterdir()} == {"step-00000012", "step-00000014"}
 
 
 def test_a_failure_that_is_not_there_or_is_damaged(run):
     save(run, 10)
-    with pytest.raises(UserError, match="holds no state of a step that went wrong: use last, best"):
+    with pytest.raises(UserError, match="has no state of a failed step: use last, best"):
         checkpoint.load(run, "failed")
     save_failure(run, 12)
     flip(save_failure(run, 14) / "trainer.safetensors")
@@ -585,7 +585,7 @@ def test_a_failure_that_is_not_there_or_is_damaged(run):
         checkpoint.load(run, "failed/best")
     with pytest.raises(UserError, match=r"failed/step-00000014/trainer\.safetensors is damaged") as caught:
         checkpoint.load(run, "failed")
-    assert "use --which failed/step-00000012" in str(caught.value)
+    assert "use --checkpoint failed/step-00000012" in str(caught.value)
 
 
 # The model of a run
@@ -602,12 +602,12 @@ def test_load_model_gives_the_model_and_its_tokenizer(run):
     assert torch.equal(loaded(idx)[0], expected)  # of the best; evaluation mode, so without dropout
     assert not loaded.training and loaded.config == CONFIG
     assert tokenizer.encode("dab") == [3, 0, 1]
-    assert not torch.equal(checkpoint.load_model(run, "cpu", which="last")[0](idx)[0], expected)
+    assert not torch.equal(checkpoint.load_model(run, "cpu", name="last")[0](idx)[0], expected)
     assert checkpoint.load_model(run, dtype=torch.bfloat16)[0](idx)[0].dtype == torch.bfloat16
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_load_model_takes_the_averages_and_needs_no_other_file(run):
+def test_load_model_reads_only_the_averages(run):
     folder = save(run, 10)
     for name in ("model.safetensors", "optimizer.safetensors", "trainer.safetensors"):
         (folder / name).unlink()
@@ -618,7 +618,7 @@ def test_load_model_takes_the_averages_and_needs_no_other_file(run):
         checkpoint.load_model(run)
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_what_differs(run):
+def test_checkpoint_of_another_model_names_the_difference(run):
     save(run, 10)
     saved = checkpoint.load(run)
     checkpoint.check_model(saved, CONFIG)
@@ -636,7 +636,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_what_differs(run):
     with pytest.raises(UserError, match=r"wte\.weight is \(6, 8\) there and \(5, 8\) here"):
         checkpoint.check_model(checkpoint.load(run), CONFIG)
     with pytest.raises(UserError, match=r"wte\.weight is \(6, 8\) there"):
-        checkpoint.load_model(run, which="last")
+        checkpoint.load_model(run, name="last")
     more = parts()
     more["model"]["lm_head.bias"] = torch.zeros(5)
     save(run, 40, content=more)

@@ -1,4 +1,4 @@
-"""What every command shares: options into a dataclass, errors in plain words, the live line."""
+"""What every command shares: options into a dataclass, errors as messages, the live line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,10 +38,10 @@ class WithFolder:
     n: int = 1  # how many
 
 
-def call(main, *argv, config=Config, default=None) -> int:
+def call(main, *argv, config=Config, **options) -> int:
     """The exit code of one call."""
     try:
-        run(main, config, prog="bake", default=default, argv=argv)
+        run(main, config, prog="bake", argv=argv, **options)
     except SystemExit as exit_:
         return exit_.code
     return 0
@@ -66,6 +67,17 @@ def test_options_go_before_defaults(default, expected):
     seen = []
     assert call(seen.append, "--flour-g", "700", default=default) == 0
     assert seen == [expected]
+
+
+@pytest.mark.parametrize("argv", [["--powder", "700"], ["--powder=700"], ["--flour-g", "700"]])
+def test_old_option_names_are_hidden_aliases(argv, capsys):
+    seen, options = [], {"aliases": {"--powder": "--flour-g"}, "default": lambda args: Config(heat=float(len(args)))}
+    assert call(seen.append, *argv, **options) == 0
+    assert seen == [Config(flour_g=700, heat=float(len(argv)))]
+    assert call(seen.append, "--salt", "--powder=much", **options) == 2
+    assert "--flour-g: invalid literal" in capsys.readouterr().err
+    assert call(print, "--help", **options) == 0
+    assert "powder" not in capsys.readouterr().out
 
 
 def test_help_names_options_units_and_defaults(capsys):
@@ -164,7 +176,7 @@ run(lambda config: [print("\\u2014" * 70) for _ in range(config.n)], Config, pro
 
 
 @pytest.mark.parametrize("n", ["20000", "1"], ids=["in the middle", "at the end"])
-def test_a_reader_that_goes_away_is_no_error(n):
+def test_broken_pipe_exits_quietly(n):
     env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-c", SCRIPT, "--n", n]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -198,14 +210,8 @@ def test_without_a_terminal_every_update_is_a_line(capsys):
     assert capsys.readouterr().out == f"step 1\n[bold]validation[/bold] 3\nstep 2 {'x' * 300}\n"
 
 
-def test_on_a_terminal_updates_take_one_line_and_leave_none(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "40")
+def test_updates_take_one_line_of_a_terminal(monkeypatch):
+    terminal(monkeypatch, columns=40)
     with LiveLine() as line:
         assert line.is_live
         line.update("step 1 " + "x" * 300)
@@ -216,8 +222,75 @@ def test_on_a_terminal_updates_take_one_line_and_leave_none(monkeypatch):
     assert [row for row in shown if row] == ["[bold]validation[/bold] 3"]
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def terminal(monkeypatch, columns: int = 80) -> Terminal:
+    """Put a terminal in place of both streams."""
+    stream = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream)
+    return stream
+
+
+BYTES = "encoding  50% 100.0/200.0 MB 11.6 MB/s 0:00:09 left"
+
+
+def encode(line: LiveLine, clock: list[float]) -> None:
+    """Half of 200 MB: the first second is for nothing that would be shown."""
+    for clock[0] in (0.5, 1.0, 1.9):
+        line.advance(1_000_000)
+    clock[0] = 9.0
+    line.advance(97_000_000)
+
+
+def test_long_work_prints_lines_without_a_terminal(capsys):
+    clock = [0.0]
+    with LiveLine("encoding", 200_000_000, is_bytes=True, stderr=True, clock=lambda: clock[0]) as line:
+        encode(line, clock)
+        assert capsys.readouterr() == ("", BYTES + "\n")
+        clock[0] = 18.9
+        line.advance(0)
+        assert capsys.readouterr().err == ""
+        clock[0] = 19.0
+        line.advance(1_000_000)
+        assert capsys.readouterr().err.startswith("encoding  50% 101.0/200.0 MB ")
+    assert line.done == 101_000_000 and capsys.readouterr() == ("", "")
+
+
+def test_long_work_takes_one_line_of_a_terminal(monkeypatch):
+    clock, stream = [0.0], terminal(monkeypatch)
+    with LiveLine("encoding", 200_000_000, is_bytes=True, stderr=True, clock=lambda: clock[0]) as line:
+        encode(line, clock)
+        assert screen(stream.getvalue()) == [BYTES]
+        clock[0] = 9.3
+        line.advance(50_000_000)
+        assert [row[:28] for row in screen(stream.getvalue())] == ["encoding  75% 150.0/200.0 MB"]
+    assert not any(screen(stream.getvalue()))
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_short_work_shows_nothing(is_terminal, monkeypatch, capsys):
+    clock, stream = [0.0], terminal(monkeypatch) if is_terminal else io.StringIO()
+    with LiveLine("compiled", 3, clock=lambda: clock[0]) as line:
+        for clock[0] in (0.5, 1.0, 1.9):
+            line.advance(1)
+    assert capsys.readouterr() == ("", "") and stream.getvalue() == ""
+
+
+def test_any_thread_may_advance(capsys):
+    with LiveLine("compiled", 4000) as line, ThreadPoolExecutor(8) as pool:
+        for _ in range(4000):
+            pool.submit(line.advance, 1)
+    assert line.done == 4000
+
+
 def screen(output: str) -> list[str]:
-    """What is left on a terminal after `output`, for the few control sequences that rich's live display writes."""
+    """What a terminal shows after `output`, for the few control sequences that rich writes."""
     rows, row, column = [""], 0, 0
     for token in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", output):
         if token == "\n":
@@ -227,6 +300,8 @@ def screen(output: str) -> list[str]:
         elif token == "\r":
             column = 0
         elif token.startswith("\x1b["):
+            if token.endswith("m"):  # a colour
+                continue
             if token.endswith("K"):
                 rows[row] = rows[row][:column] if token == "\x1b[K" else ""
             elif token.endswith("A"):

@@ -60,7 +60,7 @@ def small_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 1003, 1115])
-def test_char_split_is_the_first_90_percent_of_the_characters(tmp_path, n, small_pieces):
+def test_char_split_is_90_percent_of_the_characters(tmp_path, n, small_pieces):
     text = TEXT[:n]
     data = prepare(write_corpus(tmp_path / "c", a=text) / "a.txt", tmp_path / "tokens", "char")
     assert (len(data.train), len(data.val)) == (int(0.9 * n), n - int(0.9 * n))
@@ -91,7 +91,7 @@ def test_end_of_text_stands_between_documents_only(tmp_path, name, small_pieces)
         assert expected.count(eot) == 2
 
 
-def test_a_document_too_short_for_a_split_leaves_no_gap_in_it(tmp_path):
+def test_short_document_leaves_no_gap_in_a_split(tmp_path):
     # one character: nothing of it is train, so no end of text stands there for it
     data = prepare(write_corpus(tmp_path / "c", a="aaaaaaaaaa", b="b", c="cccccccccc"), tmp_path / "tokens", "char")
     eot = data.tokenizer.eot_id
@@ -225,7 +225,7 @@ class Failing(CharTokenizer):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), UserError("no")])
-def test_a_failed_prepare_leaves_nothing_and_keeps_what_was_there(tmp_path, small_pieces, error):
+def test_failed_prepare_keeps_the_old_folder(tmp_path, small_pieces, error):
     source = write_corpus(tmp_path / "c", a=TEXT)
     prepare(source, tmp_path / "tokens", "char", val_fraction=0.5)
     before = (tmp_path / "tokens" / "train_000000.bin").read_bytes()
@@ -300,7 +300,7 @@ def test_prepare_into_an_empty_or_a_deep_folder(tmp_path):
     verify(tmp_path / "run" / "a" / "data")
 
 
-def test_prepare_does_not_replace_what_is_not_a_token_folder(tmp_path):
+def test_prepare_replaces_only_token_folders(tmp_path):
     source = write_corpus(tmp_path / "c", a=TEXT)
     (tmp_path / "file").write_text("mine")
     for folder in (source, tmp_path / "file"):
@@ -342,7 +342,7 @@ def test_prepare_refuses_bad_arguments(tmp_path):
         prepare(write_corpus(source, a="text"), tmp_path / "tokens", "words")
 
 
-def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
+def test_file_changed_while_it_is_read_is_refused(tmp_path):
     source = write_corpus(tmp_path / "c", a="some text")
 
     class Appending(CharTokenizer):
@@ -432,7 +432,7 @@ def test_verify_finds_one_wrong_bit(folder, name):
     path.write_bytes(content)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     load(folder)
-    with pytest.raises(UserError, match=rf"{name[:-4]}\.bin is not what it was .* its SHA-256 is another"):
+    with pytest.raises(UserError, match=rf"{name[:-4]}\.bin is not what it was .* its SHA-256 has changed"):
         verify(folder)
 
 
@@ -488,7 +488,7 @@ def test_batch_is_a_pure_function_of_seed_and_step(row):
 
 
 def test_batch_stays_the_same_in_every_version(row):
-    # a run that is resumed after an upgrade must go on with the same batches
+    # a run that is resumed after an upgrade must continue with the same batches
     tokens = row(range(60_000))
     idx, _ = get_batch(tokens, context=1, seed=1234, step=56, rows=range(5))
     assert idx[:, 0].tolist() == [55954, 45487, 888, 9640, 534]
@@ -531,10 +531,10 @@ def loader():
         one.close()
 
 
-@pytest.mark.parametrize("readers", [1, 3])
-def test_loader_gives_the_batch_of_each_step_in_order(row, loader, readers):
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_loader_gives_the_batch_of_each_step_in_order(row, loader, num_workers):
     tokens = row(range(5000))
-    batches = loader(tokens, readers=readers)
+    batches = loader(tokens, num_workers=num_workers)
     for step in range(5, 25):
         wanted = get_batch(tokens, context=8, seed=3, step=step, rows=range(12))
         for found, all_rows in zip(next(batches), wanted, strict=True):
@@ -554,7 +554,7 @@ def test_loaders_of_several_processes_share_a_step(row, loader):
         assert torch.cat([pair[1] for pair in pairs]).equal(targets)
 
 
-def test_loader_goes_on_where_another_stopped(row, loader):
+def test_loader_resumes_at_any_step(row, loader):
     tokens = row(range(5000))
     first = loader(tokens)
     for _ in range(3):
@@ -562,7 +562,7 @@ def test_loader_goes_on_where_another_stopped(row, loader):
     assert next(first)[0].equal(next(loader(tokens, first_step=8))[0])
 
 
-def test_a_batch_stays_what_it_is_while_the_loader_goes_on(row, loader):
+def test_later_batches_leave_an_earlier_one_alone(row, loader):
     batches = loader(row(range(5000)))
     idx, _ = next(batches)
     before = idx.clone()
@@ -598,7 +598,7 @@ def until(condition) -> None:
 
 def test_loader_reads_ahead_but_not_without_end(row, loader):
     tokens = Slow(row(range(5000)))
-    batches = loader(tokens, readers=2)
+    batches = loader(tokens, num_workers=2)
     until(lambda: tokens.read == 2)  # nobody has asked for a batch, and both threads are at it
     tokens.may_go.set()
     until(lambda: tokens.read == 4)
@@ -608,10 +608,10 @@ def test_loader_reads_ahead_but_not_without_end(row, loader):
     until(lambda: tokens.read == 5)
 
 
-def test_an_error_of_a_reader_comes_where_its_step_is_asked_for(row, loader):
+def test_worker_error_is_raised_at_its_step(row, loader):
     tokens = Slow(row(range(5000)))
     tokens.may_go.set()
-    batches = loader(tokens, readers=1)
+    batches = loader(tokens, num_workers=1)
     until(lambda: tokens.read == 2)
     tokens.error = OSError(5, "Input/output error", "train_000003.bin")
     for _ in range(2):
@@ -625,7 +625,7 @@ def test_an_error_of_a_reader_comes_where_its_step_is_asked_for(row, loader):
 
 def test_close_does_not_wait_for_a_reader(row, loader):
     tokens = Slow(row(range(5000)))
-    batches = loader(tokens, readers=1)
+    batches = loader(tokens, num_workers=1)
     until(lambda: tokens.read == 1)
     batches.close()  # would wait for ever
     tokens.may_go.set()
@@ -690,29 +690,7 @@ def test_windows_refuses_at_once(n):
         windows(np.zeros(n, dtype=np.uint16), 4, 2)
 
 
-# Progress
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_is_silent_for_short_work_and_tells_the_time_left(monkeypatch, capsys, terminal):
-    clock = [0.0]
-    monkeypatch.setattr(corpus.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    progress = corpus._Progress("encoding", 200_000_000)
-    for clock[0] in (0.5, 1.0, 1.9):
-        progress.advance(1_000_000)
-    assert capsys.readouterr().err == ""
-    clock[0] = 10.0
-    progress.advance(97_000_000)
-    assert "encoding: 50% of 200 MB | 10.0 MB/s | 0:10 left" in capsys.readouterr().err
-    clock[0] = 10.5
-    progress.advance(1)
-    progress.close()
-    printed = capsys.readouterr().err
-    assert (printed.count("\r") == 3) if terminal else (printed == "")
-
-
-def test_gpt2_needs_no_first_look_at_the_text_but_it_is_counted(tmp_path):
+def test_gpt2_text_is_counted_too(tmp_path):
     data = prepare(write_corpus(tmp_path / "c", a=TEXT, b="x"), tmp_path / "tokens", GPT2Tokenizer())
     assert [source["characters"] for source in data.meta["sources"]] == [len(TEXT), 1]
 

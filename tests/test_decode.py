@@ -55,7 +55,7 @@ def by_definition(q, k, v, lengths):
         pytest.param("triton", HALF, marks=needs_triton),
     ],
 )
-def test_attends_to_the_keys_below_the_length(backend, dtype, integers, device):
+def test_attention_covers_keys_below_the_length(backend, dtype, integers, device):
     q, k, v, lengths = inputs(device, dtype)
     with use_backend(backend):
         o = decode_attention(q, k, v, lengths.to(integers))
@@ -66,7 +66,7 @@ def test_attends_to_the_keys_below_the_length(backend, dtype, integers, device):
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [7] * 5, [S] * 5, [0] * 5])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_lies_past_the_length_does_not_matter(backend, lengths, device):
+def test_values_past_the_length_do_not_matter(backend, lengths, device):
     q, k, v, lengths = inputs(device, lengths=lengths)
     past = (torch.arange(S, device=device) >= lengths[:, None])[:, None, :, None]
     with use_backend(backend):
@@ -78,7 +78,7 @@ def test_what_lies_past_the_length_does_not_matter(backend, lengths, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_beyond_the_cache_is_read_whatever_the_lengths_say(backend, device):
+def test_lengths_beyond_the_cache_read_nothing(backend, device):
     q, k, v, _ = inputs(device)
     k, v = (torch.cat([x, torch.full_like(x, float("nan"))], 2)[:, :, :S] for x in (k, v))
     with use_backend(backend):
@@ -90,13 +90,13 @@ def test_nothing_beyond_the_cache_is_read_whatever_the_lengths_say(backend, devi
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_sequence_at_all(backend, device):
+def test_empty_batch(backend, device):
     with use_backend(backend):
         assert decode_attention(*(x[:0] for x in inputs(device))).shape == (0, H, D)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_nan_that_counts_is_seen(backend, device):
+def test_nan_within_the_length_propagates(backend, device):
     """In a query, or in a key or value below the length 33, it reaches the output of its head, and of no other."""
     for which, place in enumerate([(3, 1, 4), (3, 1, 32, 4), (3, 1, 0, 4)]):
         tensors = inputs(device)
@@ -108,7 +108,7 @@ def test_a_nan_that_counts_is_seen(backend, device):
 
 
 @needs_triton
-def test_any_number_of_splits_gives_the_same(monkeypatch, device):
+def test_number_of_splits_does_not_matter(monkeypatch, device):
     q, k, v, lengths = inputs(device)
     truth = by_definition(q, k, v, lengths)
     grids = set()
@@ -116,7 +116,7 @@ def test_any_number_of_splits_gives_the_same(monkeypatch, device):
     monkeypatch.setattr(
         module, "launch", lambda kernel, grid, *a, **m: grids.add(grid) or launch(kernel, grid, *a, **m)
     )
-    monkeypatch.setattr(module, "_tile", lambda D: {"BLOCK_N": 4, "BLOCK_D": 32, "num_warps": 4})
+    monkeypatch.setattr(module, "_tile", lambda D: (4, 32))
     for sms in (1, 3, 10_000):
         monkeypatch.setattr(module, "sm_count", lambda _, sms=sms: sms)
         with use_backend("triton"):
@@ -153,7 +153,7 @@ def test_scores_of_thousands_and_of_minus_infinity(backend, device):
 
 
 @needs_triton
-def test_there_is_no_gradient_and_asking_for_one_says_so(device):
+def test_decode_attention_refuses_gradients(device):
     q, k, v, lengths = inputs(device)
     q.requires_grad_()
     with use_backend("triton"):
@@ -174,7 +174,7 @@ def test_there_is_no_gradient_and_asking_for_one_says_so(device):
         ({"lengths": torch.zeros(2)}, "got .* torch.float32"),
     ],
 )
-def test_wrong_arguments_are_refused_in_words(change, words):
+def test_wrong_arguments_are_refused(change, words):
     good = {
         "q": torch.zeros(2, 3, 4),
         "k_cache": torch.zeros(2, 3, 7, 4),
@@ -187,7 +187,7 @@ def test_wrong_arguments_are_refused_in_words(change, words):
 
 
 @needs_triton
-def test_triton_refuses_a_head_that_does_not_fit(device):
+def test_triton_refuses_a_wide_head(device):
     with use_backend("triton"), pytest.raises(RuntimeError, match="head size 257"):
         decode_attention(
             torch.zeros(1, 1, 257, device=device),
@@ -230,7 +230,7 @@ def cached_logits(model, idx, prompt, S=None):
         pytest.param("triton", HALF, marks=needs_triton),
     ],
 )
-def test_logits_with_the_cache_are_those_without(backend, dtype, prompt, device):
+def test_cached_logits_equal_uncached(backend, dtype, prompt, device):
     idx = torch.randint(61, (2, CONFIG.n_positions)).to(device)  # to the last position
     with torch.inference_mode(), use_backend("eager"):
         truth, eager = build(torch.float64, device)(idx)[0], build(dtype, device)(idx)[0]
@@ -241,13 +241,13 @@ def test_logits_with_the_cache_are_those_without(backend, dtype, prompt, device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_smaller_cache_is_enough_for_a_shorter_text(backend, device):
+def test_smaller_cache_suffices_for_shorter_text(backend, device):
     model, idx = build(torch.float32, device), torch.randint(61, (1, 7)).to(device)
     with use_backend(backend):
         torch.testing.assert_close(cached_logits(model, idx, 3, S=7), cached_logits(model, idx, 3), rtol=0, atol=2e-5)
 
 
-def test_the_prompt_is_one_causal_attention_and_each_token_one_decode_attention(monkeypatch, device):
+def test_prompt_and_tokens_use_one_attention_each(monkeypatch, device):
     calls = []
     for name in ("causal_attention", "decode_attention"):
         fn = getattr(gpt, name)
@@ -256,7 +256,7 @@ def test_the_prompt_is_one_causal_attention_and_each_token_one_decode_attention(
     assert calls == ["causal_attention"] * 2 + ["decode_attention"] * 6
 
 
-def test_logits_of_the_last_position_come_from_the_cache_too(device):
+def test_last_logits_come_from_the_cache(device):
     net, idx = build(torch.float32, device), torch.randint(61, (2, 6)).to(device)
     cache = KVCache(CONFIG, 2, dtype=torch.float32, device=device)
     with torch.inference_mode():
@@ -270,14 +270,14 @@ def test_logits_of_the_last_position_come_from_the_cache_too(device):
 @pytest.mark.parametrize(
     ("held", "came", "words"),
     [
-        (11, (2, 2), "full: it has room for 12 tokens, holds 11, and 2 more came"),
-        (12, (2, 1), "full: it has room for 12 tokens, holds 12, and 1 more came"),
-        (3, (2, 2), "takes one at a time, and 2 came"),
-        (3, (1, 1), "of 2 sequences, and 1 came"),
+        (11, (2, 2), "full: it has room for 12 tokens, holds 11, and got 2 more"),
+        (12, (2, 1), "full: it has room for 12 tokens, holds 12, and got 1 more"),
+        (3, (2, 2), "takes one at a time, got 2"),
+        (3, (1, 1), "has 2 sequences, got 1"),
         (3, "ids", r"\[0, 61\)"),
     ],
 )
-def test_what_a_cache_cannot_take_is_refused_and_changes_nothing(held, came, words):
+def test_cache_refuses_bad_input_and_stays_unchanged(held, came, words):
     net, idx = build(torch.float32, "cpu"), torch.randint(61, (2, 12))
     cache = KVCache(CONFIG, 2, dtype=torch.float32)
     with torch.inference_mode():
@@ -289,20 +289,20 @@ def test_what_a_cache_cannot_take_is_refused_and_changes_nothing(held, came, wor
     assert torch.equal(cache.k[:, :, :, :held], before[:, :, :, :held])
 
 
-def test_a_cache_is_for_inference():
+def test_cache_is_for_inference():
     cache = KVCache(CONFIG, 1, dtype=torch.float32)
     with pytest.raises(ValueError, match="inference_mode"):
         build(torch.float32, "cpu")(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
 
 
 @pytest.mark.parametrize("S", [0, 13])
-def test_a_cache_of_no_or_too_many_tokens_is_refused(S):
-    with pytest.raises(ValueError, match=f"a cache of {S} tokens: .* 12 positions"):
+def test_cache_size_out_of_range_is_refused(S):
+    with pytest.raises(ValueError, match=f"1 to 12 tokens, the positions of the model, got {S}"):
         KVCache(CONFIG, 1, S, dtype=torch.float32)
 
 
 @needs_triton
-def test_a_step_with_a_cache_compiles_into_one_graph_for_every_length(device):
+def test_cached_step_compiles_once_for_all_lengths(device):
     torch.compiler.reset()
     net, idx = build(torch.float32, device), torch.randint(61, (1, 8)).to(device)
     counter = CompileCounterWithBackend("aot_eager")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import _compile, _dispatch, use_backend
+from kernels import _backend, _dispatch, check_backend, use_backend
 from kernels._launch import record_launches
 
 X = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
@@ -23,20 +23,21 @@ def preflights(monkeypatch):
         return preflight.answer
 
     preflight.answer, preflight.asked = None, asked
-    monkeypatch.setattr(_dispatch, "INTERPRET", False)
-    monkeypatch.setattr(_dispatch, "HAS_TRITON", True)
+    for module in (_backend, _dispatch):
+        monkeypatch.setattr(module, "INTERPRET", False)
+    monkeypatch.setattr(_backend, "HAS_TRITON", True)
     monkeypatch.setattr(_dispatch, "_warned", set())
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: H100)
-    monkeypatch.setattr(_compile, "preflight", preflight)
+    monkeypatch.setattr(_dispatch, "preflight", preflight)
     forget = _dispatch.kernel_problem.cache_clear
     forget()
     yield preflight
     forget()
 
 
-def test_a_kernel_is_tried_once_for_its_widths(preflights):
+def test_preflight_runs_once_per_widths(preflights):
     assert all(_dispatch.use_triton("op", X, N=768) for _ in range(3))
     assert preflights.asked == [("op", torch.bfloat16, {"N": 768}, 90, 232448, X.device)]
     other = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), dtype=torch.float16)
@@ -46,14 +47,14 @@ def test_a_kernel_is_tried_once_for_its_widths(preflights):
     ]  # fmt: skip
 
 
-def test_auto_says_once_why_it_runs_eagerly(preflights):
+def test_auto_warns_once_before_running_eagerly(preflights):
     preflights.answer = "op_fwd needs 300,000 bytes"
     with pytest.warns(RuntimeWarning, match="op runs eagerly: op_fwd needs 300,000 bytes") as caught:
         assert [_dispatch.use_triton("op", X, N=768) for _ in range(3)] == [False] * 3
     assert len(caught) == 1 and len(preflights.asked) == 1
 
 
-def test_triton_refuses_in_the_same_words(preflights):
+def test_triton_raises_with_the_same_reason(preflights):
     preflights.answer = "op_fwd needs 300,000 bytes"
     with use_backend("triton"), pytest.raises(RuntimeError, match="but op_fwd needs 300,000 bytes; use 'auto'"):
         _dispatch.use_triton("op", X, N=768)
@@ -66,20 +67,20 @@ def test_triton_refuses_in_the_same_words(preflights):
         (SimpleNamespace(**{**vars(X), "dtype": torch.float64}), None, "not torch.float64"),
     ],
 )
-def test_what_a_kernel_cannot_take_is_not_compiled(x, unsupported, words, preflights):
+def test_unsupported_arguments_are_not_compiled(x, unsupported, words, preflights):
     with pytest.warns(RuntimeWarning, match=words):
         assert not _dispatch.use_triton("op", x, unsupported, N=768)
     assert not preflights.asked
 
 
-def test_a_gpu_that_is_too_old_is_not_compiled_for(preflights, monkeypatch):
+def test_old_gpus_are_not_compiled_for(preflights, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
     with pytest.warns(RuntimeWarning, match=r"capability 7\.5"):
         assert not _dispatch.use_triton("op", X, N=768)
     assert not preflights.asked
 
 
-def test_no_preflight_where_nothing_is_compiled(preflights, monkeypatch):
+def test_no_preflight_where_nothing_compiles(preflights, monkeypatch):
     cpu = SimpleNamespace(is_cuda=False, device=torch.device("cpu"), dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -88,13 +89,14 @@ def test_no_preflight_where_nothing_is_compiled(preflights, monkeypatch):
             assert not _dispatch.use_triton("op", X, N=768)
         with use_backend("triton"), record_launches(90):
             assert _dispatch.use_triton("op", cpu, N=768)
-        monkeypatch.setattr(_dispatch, "INTERPRET", True)
+        for module in (_backend, _dispatch):
+            monkeypatch.setattr(module, "INTERPRET", True)
         with use_backend("triton"):
             assert _dispatch.use_triton("op", cpu, N=768)
     assert not preflights.asked
 
 
-def test_a_compiled_graph_asks_while_it_is_traced(preflights, monkeypatch):
+def test_torch_compile_asks_while_tracing(preflights, monkeypatch):
     """No graph break; a width that has become a symbol is asked about as the number that it is."""
     asked = []
     monkeypatch.setattr(_dispatch, "device_problem", lambda *args: None)
@@ -110,7 +112,7 @@ def test_a_compiled_graph_asks_while_it_is_traced(preflights, monkeypatch):
     assert asked == [{"N": n, "rate": 0.5} for n in (8, 9, 10)] and all(type(w["N"]) is int for w in asked)
 
 
-def test_an_operator_may_have_a_backend_of_its_own(preflights):
+def test_backend_of_one_operator(preflights):
     with use_backend("eager", layer_norm="triton"):
         assert _dispatch.use_triton("layer_norm", X, N=768) and not _dispatch.use_triton("bias_gelu", X, N=768)
         with use_backend("triton", bias_gelu="eager"):  # the innermost block alone counts
@@ -124,13 +126,13 @@ def test_an_operator_may_have_a_backend_of_its_own(preflights):
     [({"layernorm": "triton"}, "no operator 'layernorm': choose from add_layer_norm"),
      ({"layer_norm": "cuda"}, "unknown backend 'cuda'")],
 )  # fmt: skip
-def test_an_unknown_operator_or_backend_is_refused(operators, words):
+def test_unknown_operator_or_backend_is_refused(operators, words):
     with pytest.raises(ValueError, match=words), use_backend("auto", **operators):
         pass
-    assert _dispatch._operators == {}
+    assert _backend.per_operator == {}
 
 
-def test_a_compiled_function_follows_the_operator(monkeypatch):
+def test_compiled_function_follows_the_operator(monkeypatch):
     def f(x):
         return torch.ones(()) if _dispatch.use_triton("bias_gelu", x) else torch.zeros(())
 
@@ -141,3 +143,31 @@ def test_a_compiled_function_follows_the_operator(monkeypatch):
         with use_backend("eager", **choice):
             answers.append(float(compiled(x)))
     assert answers == [0.0, 1.0, 0.0]
+
+
+def test_compiled_function_follows_the_backend():
+    """Dynamo guards on the globals of `_backend`: a new choice recompiles."""
+    compiled = torch.compile(lambda x: x + _dispatch.use_triton("bias_gelu", x), backend="eager", fullgraph=True)
+    answers = []
+    for backend in ("eager", "triton", "eager", "auto"):
+        with use_backend(backend):
+            answers.append(float(compiled(torch.zeros(()))))
+    assert answers == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_check_backend(preflights, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for, but the input is on cpu"):
+        check_backend(cpu)
+    check_backend(cpu)  # "auto" runs eagerly there
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: X)
+    check_backend(cuda)
+    assert [asked[2:4] for asked in preflights.asked] == [({"N": 8, "bias": False}, 90)]
+    preflights.answer = "it needs a C compiler"
+    _dispatch.kernel_problem.cache_clear()
+    with pytest.warns(RuntimeWarning, match="it needs a C compiler"):
+        check_backend(cuda)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="it needs a C compiler"):
+        check_backend(cuda)
+    with use_backend("eager"):
+        check_backend(cuda)

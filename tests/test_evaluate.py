@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def by_hand(model: GPT, tokens: np.ndarray) -> list[float]:
 
 @pytest.mark.parametrize("n", [2, 8, 9, 10, 33, 101], ids=lambda n: f"{n} tokens")
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_loss_is_the_mean_over_every_token_but_the_first(model, n, batch_size):
+def test_loss_is_the_mean_over_all_targets(model, n, batch_size):
     losses = by_hand(model, TOKENS[:n])
     assert len(losses) == n - 1
     loss = evaluate(model, TOKENS[:n], context=T, batch_size=batch_size)
@@ -138,7 +140,7 @@ def test_command_measures_the_validation_text(folder, capsys):
 def test_command_measures_another_text(folder, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text("the mat ate the cat.")
-    assert call(folder, "--data", other, "--which", "last", "--batch-size", 3) == 0
+    assert call(folder, "--data", other, "--checkpoint", "last", "--batch-size", 3) == 0
     size, result = capsys.readouterr().out.splitlines()
     assert size == "20 tokens, 20 bytes"
     model, tokenizer = checkpoint.load_model(folder)
@@ -150,17 +152,25 @@ def test_command_measures_another_text(folder, tmp_path, capsys):
     ("argv", "words"),
     [
         ([], "missing"),
-        (["nowhere"], "holds no checkpoint"),
-        (["RUN", "--which", "step-9"], "has no checkpoint 'step-9'"),
+        (["nowhere"], "has no checkpoint"),
+        (["RUN", "--checkpoint", "step-9"], "has no checkpoint 'step-9'"),
         (["RUN", "--data", "missing.txt"], "missing.txt"),
         (["RUN", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["RUN", "--max-windows", "0"], "--max-windows must be at least 1"),
     ],
 )
-def test_command_refuses_in_words(folder, argv, words, capsys):
+def test_command_refuses_bad_input(folder, argv, words, capsys):
     assert call(*(folder if arg == "RUN" else arg for arg in argv)) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") <= 2 and "Traceback" not in err
+
+
+def test_command_takes_the_old_option_name(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), "--which", "step-9"])
+    monkeypatch.delitem(sys.modules, "model.evaluate")
+    with pytest.raises(SystemExit):
+        runpy.run_module("model.evaluate", run_name="__main__", alter_sys=True)
+    assert "has no checkpoint 'step-9'" in capsys.readouterr().err
 
 
 def test_command_names_characters_that_the_model_does_not_know(folder, tmp_path, capsys):

@@ -98,7 +98,9 @@ def result(run: Path) -> dict:
     """All that has to be the same in two runs that should be the same."""
     last = checkpoint.load(run)
     return {
-        "checkpoints": checkpoint.names(run)[-2:],  # a kill before a superfluous one was dropped leaves one more
+        "checkpoints": checkpoint.list_checkpoints(run)[
+            -2:
+        ],  # a kill before a superfluous one was dropped leaves one more
         "state": {key: last.state[key] for key in ("step", "val_loss", "best_val_loss")},
         "tensors": {
             f"{part}/{name}": tensor.numpy().tobytes()
@@ -108,11 +110,11 @@ def result(run: Path) -> dict:
         "metrics": rows(run),
         "samples": rows(run, "samples.jsonl"),
         "sample": (run / "sample.txt").read_text(),
-        "rubbish": rubbish(run),
+        "leftovers": leftovers(run),
     }
 
 
-def rubbish(run: Path) -> list[str]:
+def leftovers(run: Path) -> list[str]:
     """Kinds of files and folders that a crash leaves behind."""
     left = {path for path in run.rglob("*") if re.search(r"\.tmp|\.incomplete|-new$", path.name)}
     outer = [path.relative_to(run).as_posix() for path in left if left.isdisjoint(path.parents)]
@@ -142,7 +144,7 @@ def straight(tmp_path_factory) -> Straight:
     assert (process.returncode, err) == (0, "")
     found = result(here / "run")
     assert found["state"]["step"] == STEPS == len([row for row in found["metrics"] if row["loss"] is not None])
-    assert found["rubbish"] == []
+    assert found["leftovers"] == []
     return Straight(here, found, times[1] - times[0], times[2] - times[1])
 
 
@@ -162,12 +164,12 @@ class Kills:
     kinds: Counter[str] = field(default_factory=Counter)
     lost: list[int] = field(default_factory=list)  # steps that had been done and have to be done again
     early: int = 0  # before the first save
-    rubbish: Counter[str] = field(default_factory=Counter)
+    leftovers: Counter[str] = field(default_factory=Counter)
     finished: int = 0  # runs
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.kinds.items()))
-        left = ", ".join(f"{name} x{n}" for name, n in sorted(self.rubbish.items())) or "none"
+        left = ", ".join(f"{name} x{n}" for name, n in sorted(self.leftovers.items())) or "none"
         return (
             f"kills: {self.kinds.total()} ({kinds}), {self.early} of them before the first save\n"
             f"steps to do again: {sum(self.lost) / len(self.lost):.1f} on average, {max(self.lost)} at most\n"
@@ -178,7 +180,7 @@ class Kills:
 
 def look(run: Path, kills: Kills) -> None:
     """A kill has left a whole checkpoint, or none yet, and took no more than the steps since the last save."""
-    names = checkpoint.names(run)
+    names = checkpoint.list_checkpoints(run)
     done = checkpoint.load(run).state["step"] if names else 0
     for name in names:
         checkpoint.load(run, name)
@@ -186,7 +188,7 @@ def look(run: Path, kills: Kills) -> None:
     assert lost <= SAVE_EVERY, f"{lost} steps are lost, and it saves every {SAVE_EVERY}"
     kills.lost.append(max(lost, 0))
     kills.early += not names
-    kills.rubbish.update(rubbish(run))
+    kills.leftovers.update(leftovers(run))
 
 
 def prove(here: Path, straight: Straight, n: int, seed: int) -> Kills:
@@ -226,8 +228,9 @@ def finish(here: Path, straight: Straight, kills: Kills) -> None:
     kills.finished += 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # a dozen processes, most of their time spent on imports
-def test_killed_again_and_again_it_ends_as_if_it_had_never_been_stopped(here, straight):
+def test_repeated_kills_end_like_an_undisturbed_run(here, straight):
     kills = prove(here, straight, n=8, seed=1)
     assert set(kills.kinds) == {"inside a save", "at a moment"}
 
@@ -247,7 +250,7 @@ def at_step(straight: Straight, here: Path, step: int) -> Path:
     """A run that was killed right after its checkpoint of `step`, which is one of those the straight run has kept."""
     run = here / "run"
     shutil.copytree(straight.here / "run", run)
-    for name in checkpoint.names(run):
+    for name in checkpoint.list_checkpoints(run):
         if name > f"step-{step:08d}":
             shutil.rmtree(run / "checkpoints" / name)
     assert checkpoint.load(run).state["step"] == step
@@ -259,18 +262,19 @@ def kept(straight: Straight) -> list[int]:
 
 
 def refused(here: Path, fault: dict[str, int | str], *words: str) -> bool:
-    """Go on without room: False if the run came to its end nevertheless, else it has to end in these words."""
+    """Resume without room: False if the run came to its end nevertheless, else it has to end in these words."""
     code, err = call(here, ["--resume", "run"], fault)
     if code != 0:
         assert code == 2 and err.startswith("error: ") and err.count("\n") <= 2, err
         for text in words:
             assert text in err
-    for name in checkpoint.names(here / "run"):
+    for name in checkpoint.list_checkpoints(here / "run"):
         checkpoint.load(here / "run", name)
     return code != 0
 
 
-def test_a_full_disk_ends_in_words_and_with_room_again_the_run_goes_on(here, straight):
+@pytest.mark.slow
+def test_full_disk_is_reported_and_resumable(here, straight):
     """First no file may be as large as that of the optimizer, then nothing at all can be flushed."""
     step = kept(straight)[-2]
     run = at_step(straight, here, step)
@@ -279,16 +283,16 @@ def test_a_full_disk_ends_in_words_and_with_room_again_the_run_goes_on(here, str
     limit = (small + large) // 2
     assert all(path.stat().st_size < limit for path in run.rglob("*") if path.name != "optimizer.safetensors")
     assert refused(here, {"limit": limit}, "optimizer.safetensors")
-    assert checkpoint.names(run)[-1] == folder.name
+    assert checkpoint.list_checkpoints(run)[-1] == folder.name
     assert refused(here, {"full": 8}, "the disk is full while writing run/")
-    assert checkpoint.names(run)[-1] == folder.name
+    assert checkpoint.list_checkpoints(run)[-1] == folder.name
     assert call(here, ["--resume", "run"]) == (0, "")
     assert result(run) == straight.result
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_a_disk_that_is_full_from_any_operation_on(here, straight, capsys):
+def test_disk_full_from_any_operation(here, straight, capsys):
     step = kept(straight)[-2]
     run = at_step(straight, here, step)
     times = next(at for at in count(1) if not refused(here, {"full": at}, "the disk is full while writing "))
@@ -313,40 +317,45 @@ def damages(path: Path, rng: random.Random, n: int):
 
 
 def files_of_last(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints" / checkpoint.names(run)[-1]).iterdir())
+    return sorted((run / "checkpoints" / checkpoint.list_checkpoints(run)[-1]).iterdir())
 
 
-def test_damage_anywhere_in_any_file_is_refused_by_name(here, straight):
+@pytest.mark.slow
+def test_damaged_byte_in_any_file_is_refused(here, straight):
     run = here / "run"
     shutil.copytree(straight.here / "run", run)
-    rng, before = random.Random(3), checkpoint.names(run)[-2]
+    rng, before = random.Random(3), checkpoint.list_checkpoints(run)[-2]
     for path in files_of_last(run):
         for _ in damages(path, rng, 8):
             with pytest.raises(UserError) as caught:
                 checkpoint.load(run)
             first, second = str(caught.value).splitlines()
-            assert first.startswith(f"{path} is damaged: ") and second.endswith(f"use --which {before}")
+            assert first.startswith(f"{path} is damaged: ") and second.endswith(f"use --checkpoint {before}")
     checkpoint.load(run)
 
 
 def go_on_from_the_one_before(here: Path, straight: Straight, name: str, rng: random.Random) -> None:
     run = here / "run"
     shutil.copytree(straight.here / "run", run)
-    path, before = run / "checkpoints" / checkpoint.names(run)[-1] / name, checkpoint.names(run)[-2]
+    path, before = (
+        run / "checkpoints" / checkpoint.list_checkpoints(run)[-1] / name,
+        checkpoint.list_checkpoints(run)[-2],
+    )
     next(damages(path, rng, 1))
     code, err = call(here, ["--resume", "run"])
-    assert code == 2 and f"{path.relative_to(here)} is damaged: " in err and f"use --which {before}" in err, err
-    assert call(here, ["--resume", "run", "--which", before]) == (0, "")
+    assert code == 2 and f"{path.relative_to(here)} is damaged: " in err and f"use --checkpoint {before}" in err, err
+    assert call(here, ["--resume", "run", "--checkpoint", before]) == (0, "")
     assert result(run) == straight.result
     shutil.rmtree(run)
 
 
-def test_with_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(here, straight):
+@pytest.mark.slow
+def test_run_resumes_before_a_damaged_checkpoint(here, straight):
     go_on_from_the_one_before(here, straight, "model.safetensors", random.Random(4))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_whatever_is_damaged_the_run_goes_on_from_the_one_before(here, straight):
+def test_run_resumes_before_any_damage(here, straight):
     for path in files_of_last(straight.here / "run"):
         go_on_from_the_one_before(here, straight, path.name, random.Random(path.name))

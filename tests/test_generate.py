@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import re
+import runpy
 import sys
 
 import pytest
@@ -144,7 +145,7 @@ def test_a_temperature_next_to_zero_is_greedy(temperature):
 # --- length, context, end of text
 
 
-def test_as_many_ids_as_asked_for_one_at_a_time(model, monkeypatch):
+def test_ids_are_drawn_only_on_request(model, monkeypatch):
     calls = []
     monkeypatch.setattr(generate_module, "next_logits", lambda *args: calls.append(1) or next_logits(*args))
     stream = generate(model, [1], tokens=5)
@@ -155,7 +156,7 @@ def test_as_many_ids_as_asked_for_one_at_a_time(model, monkeypatch):
     assert next(stream, None) is None
 
 
-def test_each_token_is_read_once_until_the_text_outgrows_the_context(model, monkeypatch):
+def test_each_token_is_read_once_within_the_context(model, monkeypatch):
     """Then the window slides, every token of it has another position, and all are read again each time."""
     seen = []
     forward = model.forward
@@ -319,13 +320,13 @@ def test_command_greedy_equals_temperature_zero(cli, run_folder):
     assert greedy != cli(run_folder, "--prompt", "and", "--tokens", 15, "--temperature", 2, "--seed", 2)
 
 
-def test_command_without_a_prompt_starts_from_the_end_of_text(cli, run_folder, model, tokenizer):
-    code, out, _ = cli(run_folder, "--tokens", 8, "--greedy", "--no-stop", "--which", "last", "--device", "cpu")
+def test_command_without_prompt_starts_from_eot(cli, run_folder, model, tokenizer):
+    code, out, _ = cli(run_folder, "--tokens", 8, "--greedy", "--no-stop", "--checkpoint", "last", "--device", "cpu")
     assert code == 0
     assert out == tokenizer.decode(generate(model, [tokenizer.eot_id], tokens=8, temperature=0)) + "\n"
 
 
-def test_command_stops_at_the_end_of_text_unless_told_not_to(cli, run_folder, monkeypatch, tokenizer):
+def test_command_stops_at_eot_by_default(cli, run_folder, monkeypatch, tokenizer):
     script = [*tokenizer.encode("out"), tokenizer.eot_id, *tokenizer.encode("line")]
     drawn = itertools.cycle(script)
     monkeypatch.setattr(generate_module, "sample", lambda *args, **kwargs: next(drawn))
@@ -379,15 +380,23 @@ def test_interrupt_ends_the_line_and_nothing_else(cli, run_folder, monkeypatch, 
         (["--tokens", "0"], "tokens must be at least 1"),
         (["--temperature", "-1"], "temperature must be 0"),
         (["--top-k", "0"], "top_k must be at least 1"),
-        (["--which", "step-7"], "no checkpoint 'step-7'"),
+        (["--checkpoint", "step-7"], "no checkpoint 'step-7'"),
         (["--temperature", "warm"], "warm"),
         (["--device", "tpu"], "tpu"),
     ],
 )
-def test_command_refuses_in_plain_words(cli, run_folder, arguments, words):
+def test_command_refuses_bad_input(cli, run_folder, arguments, words):
     code, out, err = cli(run_folder, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and len(err.splitlines()) <= 2 and re.search(words, err)
+
+
+def test_command_takes_the_old_option_name(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate", str(run_folder), "--which=step-9"])
+    monkeypatch.delitem(sys.modules, "model.generate")
+    with pytest.raises(SystemExit):
+        runpy.run_module("model.generate", run_name="__main__", alter_sys=True)
+    assert "has no checkpoint 'step-9'" in capsys.readouterr().err
 
 
 def test_command_refuses_a_folder_without_a_run(cli, tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bench import memory
+from bench.record import Report
 from model.config import GPTConfig
-from model.training import memory as step_memory
+from model.training.memory import MemoryModel
 
 MIB = 2**20
 NANO = GPTConfig(vocab_size=300, n_positions=16, n_embd=32, n_layer=2, n_head=4)
@@ -29,13 +30,13 @@ def test_peak_is_the_highest_sum_not_the_total(device):
     assert memory.peak(call, device) == 6 * MIB
 
 
-def test_peak_sees_what_operators_take_and_give_back_inside(device):
+def test_peak_sees_temporaries_inside_operators(device):
     x = torch.zeros(1024, 1024, device=device)
     assert memory.peak(lambda: (x + 1).mul_(2).sum(), device) == pytest.approx(4 * MIB, abs=4096)
     assert memory.peak(lambda: x.add_(1), device) < 64  # the 1 itself, on a CPU
 
 
-def test_peak_does_not_fall_below_what_the_call_took_when_it_frees_what_was_there(device):
+def test_peak_ignores_memory_freed_from_before(device):
     held = [_empty(8, device), _empty(8, device)]
 
     def call():
@@ -46,7 +47,7 @@ def test_peak_does_not_fall_below_what_the_call_took_when_it_frees_what_was_ther
     assert memory.peak(call, device) == 5 * MIB
 
 
-def test_peak_of_a_second_call_owes_nothing_to_the_first(device):
+def test_peak_of_a_second_call_is_independent(device):
     def blocks():
         return [torch.empty(2**15, dtype=torch.int8, device=device) for _ in range(64)]
 
@@ -68,7 +69,7 @@ def test_peak_counts_the_backward_pass(device):
     assert memory.peak(lambda: w.sigmoid().sum().backward(), device) >= 8 * MIB
 
 
-def test_levels_end_with_what_the_result_holds(device):
+def test_levels_end_with_the_result(device):
     def call():
         scratch = _empty(3, device)
         del scratch
@@ -84,11 +85,11 @@ def test_levels_end_with_what_the_result_holds(device):
     [({"recompute": True}, "activations"), ({"optimizer": "muon"}, "optimizer"), ({"ema": True}, "ema")],
     ids=str,
 )
-def test_a_step_is_run_with_its_options(options, part):
+def test_step_peak_follows_the_options(options, part):
     config = replace(NANO, n_layer=6)
     task = config, 8, 16, torch.float32, "eager"
     saved = memory.step_peak(*task, torch.device("cpu")) - memory.step_peak(*task, torch.device("cpu"), **options)
-    plain, other = step_memory.memory(*task, card=0), step_memory.memory(*task, card=0, **options)
+    plain, other = (MemoryModel(config, 16, *task[3:], card=0, **more).predict(8) for more in ({}, options))
     assert getattr(plain, part) != getattr(other, part)
     assert saved == pytest.approx(plain.peak - other.peak, rel=0.03)
 
@@ -99,46 +100,51 @@ def nano(monkeypatch):
     return "nano"
 
 
-def test_rows_hold_the_prediction_and_the_peak_of_a_step(nano):
+def _run(batch, missing=None):
+    command = memory.Memory(preset="nano", batch=batch, context=16, dtype="float32")
+    return [*command.groups(torch.device("cpu"), Report({}, {}, "", missing={} if missing is None else missing))]
+
+
+def test_rows_hold_prediction_and_peak(nano):
     missing = {}
-    groups = [*memory.run(torch.device("cpu"), nano, [2, 4], 16, torch.float32, missing)]
+    groups = _run((2, 4), missing)
     assert [[row.provider for row in rows] for rows in groups] == 2 * [["eager", "triton"]]
     for batch, (eager, triton) in zip((2, 4), groups, strict=True):
         assert eager.kind == "memory" and not eager.seconds and not eager.error
         assert eager.params == {"preset": nano, "batch": batch, "context": 16, "dtype": "float32"}
         assert eager.group == triton.group == f"nano batch={batch} context=16 float32"
-        needs = step_memory.memory(NANO, batch, 16, torch.float32, "eager", card=0)  # and no dropout
+        needs = MemoryModel(NANO, 16, torch.float32, "eager", card=0).predict(batch)  # and no dropout
         assert eager.metrics["predicted_mib"] * MIB == needs.peak
         assert eager.metrics["workspace_mib"] * MIB == needs.workspace
         assert not {"working_mib", "ema_mib"} & eager.metrics.keys()  # float32, no average
         counts = 200 / MIB  # AdamW also counts its steps, 4 bytes a tensor
         assert eager.metrics["peak_mib"] == pytest.approx(eager.metrics["predicted_mib"], abs=counts)
-        assert triton.metrics["predicted_mib"] * MIB == step_memory.memory(NANO, batch, 16, torch.float32).peak
+        assert triton.metrics["predicted_mib"] * MIB == MemoryModel(NANO, 16, torch.float32).predict(batch).peak
         assert "peak_mib" not in triton.metrics
     assert missing["triton"].startswith("predicted, not run: ")
 
 
-def test_what_does_not_fit_is_predicted_and_not_run(nano, monkeypatch):
+def test_too_large_step_is_predicted_only(nano, monkeypatch):
     monkeypatch.setattr(memory, "ON_CPU", 0)
     monkeypatch.setattr(memory, "step_peak", lambda *_: pytest.fail("ran"))
-    ((eager, _),) = memory.run(torch.device("cpu"), nano, [2], 16, torch.float32, {})
+    ((eager, _),) = _run((2,))
     assert "predicted_mib" in eager.metrics and "peak_mib" not in eager.metrics and not eager.error
 
 
-def test_a_step_that_fails_leaves_its_prediction_and_the_reason(nano, monkeypatch):
+def test_failed_step_keeps_its_prediction(nano, monkeypatch):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(memory, "step_peak", out_of_memory)
-    ((eager, _),) = memory.run(torch.device("cpu"), nano, [2], 16, torch.float32, {})
+    ((eager, _),) = _run((2,))
     assert eager.error == "OutOfMemoryError: no room" and "predicted_mib" in eager.metrics
 
 
-def test_fits_is_the_largest_batch_of_each_backend_by_card(nano):
-    found = memory.fits(nano, 16, torch.bfloat16, cards_gib=(1, 2, 4))
+def test_fits_is_the_largest_batch_per_card(nano):
+    found = memory.Memory(preset=nano, context=16, dtype="bfloat16").fits(cards_gib=(1, 2, 4))
     assert [gib for gib, _ in found] == [1, 2, 4]
     for gib, batches in found:
         for backend, batch in batches.items():
-            assert batch == step_memory.largest_batch(NANO, 16, torch.bfloat16, backend, gib * 2**30)
+            assert batch == MemoryModel(NANO, 16, torch.bfloat16, backend).largest_batch(gib * 2**30)
     assert found[0][1] == {"eager": 0, "triton": 0}  # all of it is reserve
     assert 0 < found[1][1]["eager"] < found[1][1]["triton"] < found[2][1]["triton"]

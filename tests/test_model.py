@@ -75,7 +75,7 @@ def test_config_refuses_values_that_make_no_model(change, words):
 # --- what was published
 
 
-def test_gpt2_has_124_439_808_parameters_under_their_published_names():
+def test_gpt2_has_124439808_parameters_with_published_names():
     with torch.device("meta"):
         model = GPT(PRESETS["gpt2"])
     assert num_parameters(model) == 124_439_808
@@ -325,7 +325,7 @@ def test_residual_dropout_has_the_probability_of_the_config():
 # --- refusals
 
 
-def test_a_sequence_longer_than_the_model_is_refused_with_both_lengths():
+def test_too_long_a_sequence_names_both_lengths():
     model = build()
     model(tokens(1, 16))
     with pytest.raises(ValueError, match="17 tokens is longer than the model's 16 positions"):
@@ -343,6 +343,7 @@ def test_ids_outside_the_vocabulary_are_refused(bad):
 # --- torch.compile
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     model = randomize(build())
     idx, targets = tokens(2, 16), tokens(2, 16, seed=3)

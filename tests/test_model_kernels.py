@@ -58,12 +58,13 @@ def test_logits_loss_and_every_gradient(dtype, device):
     _assert_proved(SMALL, dtype, device, B=2, T=37, seeds=(3, 4, 5))
 
 
-def test_a_training_step_of_gpt2_with_two_layers(device):
+@pytest.mark.slow
+def test_gpt2_training_step_with_two_layers(device):
     """GPT-2's own width, heads and vocabulary."""
     _assert_proved(dataclasses.replace(PRESETS["gpt2"], n_layer=2), torch.float32, device, B=1, T=12)
 
 
-def test_the_kernels_drop_in_training_mode_only(device):
+def test_dropout_acts_in_training_mode_only(device):
     config = dataclasses.replace(SMALL, resid_pdrop=0.5, attn_pdrop=0.3, embd_pdrop=0.0)
     model = GPT(config).to(device).train()
     idx = torch.randint(61, (1, 20), device=device)
@@ -81,9 +82,9 @@ def test_32_training_steps_agree(device):
     curves = []
     for backend in ("eager", "triton"):
         torch.manual_seed(0)
-        model = GPT(SMALL).to(device)
+        model = GPT(dataclasses.replace(SMALL, n_layer=1, n_head=1)).to(device)
         optimizer = adamw(model, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.1)
-        data = torch.randint(61, (2, 25), generator=torch.Generator().manual_seed(1)).to(device)
+        data = torch.randint(61, (1, 25), generator=torch.Generator().manual_seed(1)).to(device)
         losses = []
         with use_backend(backend):
             for _ in range(32):

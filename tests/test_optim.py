@@ -79,7 +79,7 @@ def test_matrices_decay_and_vectors_do_not():
     assert len(decay["params"]) + len(rest["params"]) == len(names)  # each once
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+def test_muon_takes_block_matrices_and_adamw_the_rest():
     model = small_gpt()
     muon, rest = build(model, kind="muon", betas=(0.9, 0.95), weight_decay=0.1)
     names = {p: name for name, p in model.named_parameters()}
@@ -94,7 +94,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frozen_parameter_is_in_no_group_and_has_no_state(kind):
+def test_frozen_parameter_has_no_group_or_state(kind):
     model = small_gpt()
     frozen = [model.transformer.wpe.weight, model.transformer.h[0].mlp.c_fc.weight]
     for p in frozen:
@@ -110,7 +110,7 @@ def test_a_frozen_parameter_is_in_no_group_and_has_no_state(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_tensor_is_the_learning_rate_of_all(kind):
+def test_learning_rate_is_one_shared_tensor(kind):
     model = small_gpt()
     optimizers = build(model, kind=kind, betas=(0.9, 0.95), weight_decay=0.1)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
@@ -138,7 +138,7 @@ def test_gradients_are_divided_by_grad_scale(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1.0])
-def test_found_inf_leaves_weights_and_state_alone(kind, bad):
+def test_found_inf_changes_no_state(kind, bad):
     model = small_gpt()
     optimizers = optimizers_of(model, kind)
     step(model, optimizers, 0, skip=0.0, scale=2.0)
@@ -160,7 +160,7 @@ class NoReading(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_host_reads_no_tensor_in_a_step(kind):
+def test_step_reads_no_tensor_on_the_host(kind):
     model = small_gpt()
     optimizers, ema, zero = optimizers_of(model, kind), EMA(model, 0.99), torch.tensor(0.0)
     with NoReading():
@@ -197,7 +197,7 @@ def test_adamw_follows_the_formula_in_float64():
         torch.testing.assert_close(p.detach(), w.float(), rtol=2e-6, atol=2e-6)
 
 
-def test_state_from_the_beginning_is_what_adamw_would_have_made():
+def test_initial_state_is_what_adamw_would_create():
     model = nn.Linear(3, 2)
     (optimizer,) = optimizers_of(model, lr=0.0)
     reference = torch.optim.AdamW(model.parameters(), fused=True)
@@ -211,7 +211,7 @@ def test_state_from_the_beginning_is_what_adamw_would_have_made():
         assert not any(t.any() for t in made.values())
 
 
-def test_the_unscaled_gradient_is_left_behind():
+def test_unscaled_gradient_is_written_back():
     """What the docstring says of PyTorch's fused step."""
     p = nn.Parameter(torch.ones(3))
     optimizer = adamw(nn.ParameterList([p]), lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
@@ -233,7 +233,7 @@ def float32_muon(monkeypatch, parameters, lr: float, weight_decay: float) -> tor
     return torch.optim.Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
-def test_muon_is_that_of_pytorch(monkeypatch):
+def test_muon_matches_pytorch(monkeypatch):
     shapes = [(6, 6), (4, 12), (12, 4), (4, 12), (1, 5)]  # square, wide, tall, two of a shape, a single row
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
@@ -250,7 +250,7 @@ def test_muon_is_that_of_pytorch(monkeypatch):
             torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], reference.state[q]["momentum_buffer"])
 
 
-def test_muon_orthogonalizes_queries_keys_and_values_each_by_itself(monkeypatch):
+def test_muon_orthogonalizes_q_k_v_separately(monkeypatch):
     model = small_gpt()
     muon, _ = optimizers_of(model, "muon", lr=0.03)
     packed = model.transformer.h[1].attn.c_attn.weight  # (3C, C)
@@ -279,7 +279,7 @@ def test_orthogonalize_brings_singular_values_near_one(shape, dtype):
     assert (inner - torch.diag_embed(diagonal)).abs().max() < rounding
 
 
-def test_an_update_of_muon_has_the_size_of_one_of_adamw():
+def test_muon_update_has_the_size_of_adamws():
     """Of about 0.2 to 0.4 per unit of learning rate; and nothing comes of no gradient."""
     for shape in ((64, 64), (32, 128), (128, 32)):
         p = nn.Parameter(torch.zeros(shape))
@@ -292,7 +292,7 @@ def test_an_update_of_muon_has_the_size_of_one_of_adamw():
         assert 0.15 < p.square().mean().sqrt() < 0.25, shape
 
 
-def test_muon_passes_over_a_parameter_without_gradient():
+def test_muon_skips_parameters_without_gradient():
     first, second = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
     optimizer = Muon([first, second], lr=torch.tensor(0.1), weight_decay=0.1)
     first.grad = torch.randn(4, 4)
@@ -304,7 +304,7 @@ def test_muon_passes_over_a_parameter_without_gradient():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_goes_out_and_in_to_the_bit_and_before_the_first_step(kind):
+def test_state_round_trip_is_bitwise_before_the_first_step(kind):
     torch.manual_seed(0)
     model = small_gpt()
     optimizers = optimizers_of(model, kind)
@@ -338,28 +338,28 @@ def test_state_is_named_by_slot_and_parameter():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop("step/transformer.ln_f.bias"), "has no step/transformer.ln_f.bias"),
-        (lambda state: state.update(extra=torch.zeros(())), "has extra, which is not trained here"),
+        (lambda state: state.pop("step/transformer.ln_f.bias"), "step/transformer.ln_f.bias is missing there"),
+        (lambda state: state.update(extra=torch.zeros(())), r"extra is \(\) there and missing here"),
         (
             lambda state: state.update({"exp_avg/transformer.ln_f.bias": torch.zeros(1)}),
-            r"has exp_avg/transformer.ln_f.bias of shape \(1,\), not \(8,\)",
+            r"exp_avg/transformer.ln_f.bias is \(1,\) there and \(8,\) here",
         ),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, words):
+def test_mismatched_state_is_refused_and_changes_nothing(change, words):
     model = small_gpt()
     optimizers = optimizers_of(model)
     step(model, optimizers)
     before = everything(model, optimizers)
     state = {key: torch.ones_like(t) for key, t in optimizer_state(optimizers, model).items()}
     change(state)
-    with pytest.raises(UserError, match=f"of another model or optimizer: it {words}"):
+    with pytest.raises(UserError, match=f"of another model or optimizer: {words}"):
         load_optimizer_state(optimizers, model, state)
     assert equal(before, everything(model, optimizers))
 
 
 @pytest.mark.parametrize(("written", "read"), [("adamw", "muon"), ("muon", "adamw")])
-def test_the_state_of_another_optimizer_is_refused(written, read):
+def test_state_of_another_optimizer_is_refused(written, read):
     model = small_gpt()
     state = optimizer_state(optimizers_of(model, written), model)
     with pytest.raises(UserError, match="of another model or optimizer"):
@@ -380,7 +380,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
 
 
-def test_sharded_parameters_are_trained_averaged_saved_and_restored_like_whole_ones(gloo):
+def test_sharded_parameters_behave_like_whole_ones(gloo):
     models, idx = [small_gpt(), small_gpt(), small_gpt()], torch.randint(11, (2, 8))
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
@@ -414,9 +414,9 @@ def test_sharded_parameters_are_trained_averaged_saved_and_restored_like_whole_o
     assert equal(whole(fresh), optimizer_state(optimizers[0], models[0]))
 
 
-def test_muon_refuses_shards_in_words(gloo):
+def test_muon_refuses_shards(gloo):
     model = fully_shard(small_gpt(), mesh=gloo)
-    with pytest.raises(UserError, match="whole matrices, and FSDP cuts them into shards: use DDP"):
+    with pytest.raises(UserError, match="whole matrices, and FSDP shards them: use DDP"):
         build(model, kind="muon", betas=(0.9, 0.95), weight_decay=0.1)
 
 
@@ -462,7 +462,7 @@ def test_more_steps_do_not_change_the_past(schedule, until):
     assert schedule == "constant" or short[until + 1] < long[until + 1]
 
 
-def test_a_cool_down_begins_after_the_warm_up():
+def test_cooldown_begins_after_the_warm_up():
     options = dict(lr=1.0, min_lr=0.0, warmup_steps=10, schedule="wsd")
     assert lr_at(10, steps=20, cooldown_steps=50, **options) == 1.0
     assert lr_at(15, steps=20, cooldown_steps=50, **options) == 1 - math.sqrt(0.5)
@@ -474,7 +474,7 @@ def test_lr_without_warm_up_starts_at_the_peak():
     assert lr_at(2, lr=0.5, min_lr=0.0, warmup_steps=0, steps=4) == pytest.approx(0.25)
 
 
-def test_lr_of_a_run_shorter_than_its_warm_up_only_rises():
+def test_lr_only_rises_within_warm_up():
     rates = [lr_at(step, lr=1.0, min_lr=0.1, warmup_steps=10, steps=5) for step in range(5)]
     assert rates == sorted(rates) and rates[-1] < 1.0
 
@@ -487,7 +487,7 @@ def test_lr_of_a_run_shorter_than_its_warm_up_only_rises():
     step=st.integers(0, 300),
     schedule=st.sampled_from(SCHEDULES),
 )
-def test_lr_stays_within_its_bounds_and_never_rises_after_the_warm_up(steps, warmup, cooldown, low, step, schedule):
+def test_lr_is_bounded_and_never_rises_after_warm_up(steps, warmup, cooldown, low, step, schedule):
     options = dict(lr=1.0, min_lr=low, warmup_steps=warmup, steps=steps, schedule=schedule, cooldown_steps=cooldown)
     rate = lr_at(step, **options)
     assert min(low, 1.0 / (warmup + 1)) - 1e-12 <= rate <= 1.0 + 1e-12
@@ -513,7 +513,7 @@ def test_ema_follows_the_formula_in_float64():
     assert ema.tensors.keys() == {name for name, _ in model.named_parameters()}
 
 
-def test_ema_stays_where_a_step_is_left_out():
+def test_ema_ignores_a_skipped_step():
     model = small_gpt()
     ema = EMA(model, 0.9)
     before = {name: t.clone() for name, t in ema.tensors.items()}
@@ -527,7 +527,7 @@ def test_ema_stays_where_a_step_is_left_out():
     assert not any(torch.equal(before[name], t) for name, t in ema.tensors.items())
 
 
-def test_swapped_changes_contents_and_gives_them_back_also_after_an_error():
+def test_swapped_restores_parameters_even_after_an_error():
     model = small_gpt()
     ema = EMA(model, 0.9)
     with torch.no_grad():

@@ -48,13 +48,13 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def learn(world: World, kind: str, batch_size: int, dtype=torch.float32, recompute=False) -> tuple:
-    """STEPS steps, one of which is left out -> model, optimizer, {"loss", "norm"} of each step."""
+    """STEPS steps, one of which is skipped -> model, optimizer, {"loss", "norm"} of each step."""
     torch.manual_seed(7)
     model = GPT(SHAPE, dtype=dtype)
     model.recompute = recompute
     module = parallel.wrap(model, kind, world, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(3e-3), fused=True)
-    rows, micro_batch = parallel.share(world, ROWS, batch_size)
+    rows, micro_batch = parallel.local_rows(world, ROWS, batch_size)
     curve: dict[str, list[float]] = {"loss": [], "norm": []}
     for step in range(STEPS):
         idx, targets = (t[rows.start : rows.stop].view(-1, micro_batch, 16) for t in batch(step))
@@ -113,8 +113,8 @@ def learning(world: World, folder: Path) -> dict:
         seen[f"{kind} reductions"] = [reductions(model, module) for _ in range(3)]
         seen[f"{kind} evaluated"] = evaluated_anew(world, model)
     seen["fsdp gathers"] = gathered_dtypes(world)
-    seen["agree"] = parallel.agree([world.rank == 0, world.rank == 1, False], world)
-    seen["tell"] = parallel.tell({"from": world.rank}, world)
+    seen["agree"] = parallel.any_rank([world.rank == 0, world.rank == 1, False], world)
+    seen["tell"] = parallel.broadcast({"from": world.rank}, world)
     seen["sum"] = parallel.sum_all(torch.tensor([1, world.rank]), world).tolist()
     return seen
 
@@ -144,7 +144,7 @@ def saved_and_loaded(world: World, folder: Path, kind: str) -> dict[str, bool]:
     first = {name: t.clone() for name, t in parallel.gather(tensors, world).items()}
     if world.rank == 0:
         save_file(first, folder / "whole")
-    parallel.tell(None, world)
+    parallel.broadcast(None, world)
     for t in tensors.values():
         t.data.zero_()
     parallel.scatter(tensors, load_file(folder / "whole"))
@@ -185,7 +185,7 @@ def lives(world: World, folder: Path) -> None:
                     raise ValueError("a fault of its own")
                 time.sleep(600)  # it hangs
             if life == 1:
-                parallel.agree([False], world)
+                parallel.any_rank([False], world)
             parallel.sum_all(torch.ones(4), world)
     finally:
         if life == 0:
@@ -268,9 +268,10 @@ def largest_difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["{}", "{} accumulated", "{} recomputed"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_learn_as_one_does(one, two, kind, how):
+def test_two_processes_match_one(one, two, kind, how):
     (curve, weights), (folder, seen) = one, two
     for of_rank in seen:
         of_two = of_rank[how.format(kind)]
@@ -283,13 +284,15 @@ def test_two_processes_learn_as_one_does(one, two, kind, how):
         torch.testing.assert_close(saved[name], weight.detach(), atol=2e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_every_process_sees_the_same_loss_and_norm(two, kind):
+def test_processes_agree_on_loss_and_norm(two, kind):
     first, second = (seen[kind] for seen in two[1])
     assert first["loss"] == second["loss"] and first["norm"] == second["norm"]  # bit for bit: they decide what happens
 
 
-def test_bfloat16_computes_in_it_and_keeps_float32(two):
+@pytest.mark.slow
+def test_bfloat16_computes_and_keeps_float32_parameters(two):
     """FSDP2 gathers the matrices as bfloat16, where DDP casts them when they are used."""
     _, _, alone = learn(ALONE, "ddp", 8, dtype=torch.bfloat16)
     for kind in ("ddp", "fsdp"):
@@ -301,12 +304,14 @@ def test_bfloat16_computes_in_it_and_keeps_float32(two):
             assert seen["fsdp gathers"] == ["torch.bfloat16", "torch.float32"]
 
 
-def test_gradients_cross_the_wire_in_the_last_micro_step_only(two):
+@pytest.mark.slow
+def test_gradients_synchronise_only_in_the_last_micro_step(two):
     for seen in two[1]:
         assert seen["ddp reductions"] == [[0, 0, 1]] * 3  # one bucket
         assert seen["fsdp reductions"] == [[0, 0, SHAPE.n_layer + 1]] * 3  # each block, and the root
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_held_once(one, two):
     total = sum(weight.numel() for weight in one[1].values())
     assert [seen["ddp"]["held"] for seen in two[1]] == [total, total]
@@ -314,37 +319,41 @@ def test_sharded_weights_are_held_once(one, two):
     assert sum(halves) == total and max(halves) < 0.52 * total
 
 
-def test_what_is_saved_is_whole_and_fits_any_number_of_processes(one, two):
+@pytest.mark.slow
+def test_saved_state_fits_any_number_of_processes(one, two):
     for kind in ("ddp", "fsdp"):
         assert [seen[kind]["gathered"] for seen in two[1]] == [len(one[1]), 0]  # rank 0 has all, the other nothing
         for seen in two[1]:
             assert seen[f"{kind} saved"] == {"two again": True, "of one": True}
 
 
-def test_evaluation_sees_weights_that_have_just_changed(two):
+@pytest.mark.slow
+def test_evaluation_sees_updated_weights(two):
     for seen in two[1]:
         assert seen["fsdp evaluated"] and seen["ddp evaluated"]
 
 
-def test_processes_can_talk(two):
+@pytest.mark.slow
+def test_host_collectives(two):
     for seen in two[1]:
         assert seen["agree"] == [True, True, False]
         assert seen["tell"] == {"from": 0}
         assert seen["sum"] == [2, 1]
 
 
-def test_one_that_dies_is_missed_in_words_and_started_again(tmp_path):
+@pytest.mark.slow
+def test_dead_process_is_reported_and_restarted(tmp_path):
     """Killed, failed, hanging: three lives, and each of them was a good one until then."""
     done = launch(__file__, "lives", tmp_path, max_restarts=2)
     assert done.returncode != 0
     for life, what in enumerate(["is gone", "is gone", "does not answer"]):
         words = (tmp_path / f"words-{life}").read_text()
-        assert words.startswith(f"0 process 1 of 2 {what}, and process 0 cannot go on without it\n"), words
+        assert words.startswith(f"0 process 1 of 2 {what}, and process 0 cannot continue without it\n"), words
         assert "--resume" in words and "--max-restarts" in words
     assert "ValueError: a fault of its own" in done.stderr  # who fails says why
 
 
-def test_processes_that_are_started_again_do_not_meet_the_dead():
+def test_restarted_processes_ignore_addresses_of_dead_ones():
     """torchrun's store outlives its processes; here one had left its name and died, twice."""
     store = dist.HashStore()
     stores: dict[tuple[int, int], dist.Store] = {}
@@ -395,47 +404,51 @@ def assert_same_within_rounding(a: Path, b: Path) -> None:
 
 
 def tensors(run_: Path) -> dict[str, torch.Tensor]:
-    """All that a run goes on from, at its end."""
+    """All that a run resumes from, at its end."""
     parts = checkpoint.load(run_, "step-00000020").parts
     assert set(parts) == {"model", "optimizer", "ema", "trainer"}
     return {f"{part}/{name}": t for part, content in parts.items() for name, t in sorted(content.items())}
 
 
-def test_a_run_in_two_processes_is_the_run_in_one(runs):
+@pytest.mark.slow
+def test_run_on_two_processes_matches_one(runs):
     assert len(rows(runs / "one")) == 22  # 20 steps and two validations
     assert_same_within_rounding(runs / "one", runs / "two")
 
 
-def test_a_run_goes_on_in_another_number_of_processes(runs):
+@pytest.mark.slow
+def test_run_resumes_on_another_number_of_processes(runs):
     for name in ("one", "two"):
-        shutil.copytree(runs / name, runs / f"{name} goes on")
-    half = ["--which", "step-00000010"]
-    call_train("--resume", runs / "two goes on", *half)
-    assert_same_within_rounding(runs / "two goes on", runs / "two")
-    done = launch("train.py", "--resume", runs / "one goes on", *half, "--parallel", "fsdp")
+        shutil.copytree(runs / name, runs / f"{name} resumed")
+    half = ["--checkpoint", "step-00000010"]
+    call_train("--resume", runs / "two resumed", *half)
+    assert_same_within_rounding(runs / "two resumed", runs / "two")
+    done = launch("train.py", "--resume", runs / "one resumed", *half, "--parallel", "fsdp")
     assert done.returncode == 0, done.stderr
     assert "2 processes (fsdp)" in done.stdout
-    assert_same_within_rounding(runs / "one goes on", runs / "one")
+    assert_same_within_rounding(runs / "one resumed", runs / "one")
 
 
-def test_a_killed_process_costs_nothing(runs):
-    """torchrun starts both again, and they go on from step 10: bit for bit the run that nothing has disturbed."""
+@pytest.mark.slow
+def test_killed_process_costs_nothing(runs):
+    """torchrun restarts both, and they resume from step 10: bit for bit the undisturbed run."""
     data = ["--data", runs / "book.txt"]
     done = launch(__file__, "train", *OPTIONS, *data, "--out", runs / "killed", max_restarts=1)
     assert done.returncode == 0, done.stderr
-    assert "error: process 1 of 2 is gone, and process 0 cannot go on without it" in done.stderr
+    assert "error: process 1 of 2 is gone, and process 0 cannot continue without it" in done.stderr
     assert "Traceback" not in done.stderr
     assert rows(runs / "killed") == rows(runs / "two")
     for (name, x), (_, y) in zip(tensors(runs / "killed").items(), tensors(runs / "two").items(), strict=True):
         assert x.equal(y), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_bad_step_ends_the_run_on_both_and_both_say_what_they_met(runs, kind):
-    """A learning rate that spoils the first update: what each process met is kept, with the rows that it had."""
+def test_bad_step_ends_the_run_on_both_ranks(runs, kind):
+    """A learning rate that spoils the first update: the failure of each process is saved, with its rows."""
     flags = ["--lr", 1e30, "--grad-clip", 0, "--warmup-steps", 0, "--parallel", kind, "--out", runs / f"bad-{kind}"]
     done = launch(ROOT / "train.py", *OPTIONS, "--data", runs / "book.txt", *flags)
-    assert done.returncode == 1 and "not finite at step 2," in done.stderr
+    assert done.returncode == 1 and "not finite at step 2:" in done.stderr
     details = checkpoint.load(runs / f"bad-{kind}", "failed").state["details"]
     first, second = details["processes"]
     assert details["step"] == 2 and (first["rows"], second["rows"]) == ([0, 4], [4, 8])
@@ -445,22 +458,22 @@ def test_a_bad_step_ends_the_run_on_both_and_both_say_what_they_met(runs, kind):
 # One process
 
 
-def test_share():
+def test_local_rows():
     worlds = [World(rank, 4, rank, torch.device("cpu")) for rank in range(4)]
-    assert [parallel.share(world, 48, 16) for world in worlds] == [
+    assert [parallel.local_rows(world, 48, 16) for world in worlds] == [
         (range(0, 12), 12), (range(12, 24), 12), (range(24, 36), 12), (range(36, 48), 12)
     ]  # fmt: skip
-    assert parallel.share(ALONE, 48, 16) == (range(48), 16)
-    assert parallel.share(worlds[1], 160, 16) == (range(40, 80), 10)  # 16 does not divide 40
-    assert parallel.share(worlds[3], 4, 16) == (range(3, 4), 1)
+    assert parallel.local_rows(ALONE, 48, 16) == (range(48), 16)
+    assert parallel.local_rows(worlds[1], 160, 16) == (range(40, 80), 10)  # 16 does not divide 40
+    assert parallel.local_rows(worlds[3], 4, 16) == (range(3, 4), 1)
 
 
-def test_sequences_that_cannot_be_shared_are_refused():
+def test_indivisible_sequences_are_refused():
     with pytest.raises(UserError, match=r"--batch-size 16 x --grad-accum 1 = 16 sequences .* by 3 processes") as error:
-        parallel.share(World(0, 3, 0, torch.device("cpu")), 16, 16)
+        parallel.local_rows(World(0, 3, 0, torch.device("cpu")), 16, 16)
     assert "--grad-accum that 3 divides" in str(error.value)
     with pytest.raises(UserError, match="--grad-accum that 2 divides"):
-        parallel.share(World(0, 8, 0, torch.device("cpu")), 12, 4)
+        parallel.local_rows(World(0, 8, 0, torch.device("cpu")), 12, 4)
 
 
 def test_one_process_needs_no_group(monkeypatch):
@@ -473,7 +486,7 @@ def test_one_process_needs_no_group(monkeypatch):
         raise ValueError("mine")
     model = GPT(SHAPE)
     assert parallel.wrap(model, "fsdp", ALONE, torch.float32) is model
-    assert parallel.agree([True, False], ALONE) == [True, False] and parallel.tell("x", ALONE) == "x"
+    assert parallel.any_rank([True, False], ALONE) == [True, False] and parallel.broadcast("x", ALONE) == "x"
     assert parallel.sum_all(torch.tensor(3.0), ALONE) == 3
 
 
@@ -501,16 +514,16 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         (ValueError("x"), None),
     ],
 )
-def test_errors_that_mean_a_lost_process(monkeypatch, error, what):
+def test_errors_that_mean_a_dead_process(monkeypatch, error, what):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    words = parallel.lost(error)
+    words = parallel.peer_failure(error)
     assert words is None if what is None else words.startswith(f"process 0 of 2 {what}")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert what is None or parallel.lost(error).startswith(f"one of the 8 processes {what}")
+    assert what is None or parallel.peer_failure(error).startswith(f"one of the 8 processes {what}")
 
 
-def test_a_signal_in_the_clean_up_does_not_hide_the_lost_process(monkeypatch):
+def test_sigterm_during_cleanup_keeps_the_message(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as exit_:
@@ -519,11 +532,11 @@ def test_a_signal_in_the_clean_up_does_not_hide_the_lost_process(monkeypatch):
         finally:
             parallel._exit(signal.SIGTERM, None)
     assert exit_.value.code == 143
-    assert parallel.lost(exit_.value).startswith("process 1 of 2 is gone")
-    assert parallel.lost(SystemExit(143)) is None  # a stop that was asked for
+    assert parallel.peer_failure(exit_.value).startswith("process 1 of 2 is gone")
+    assert parallel.peer_failure(SystemExit(143)) is None  # a stop that was asked for
 
 
-def test_total_norm_is_that_of_all_gradients_in_one_row():
+def test_total_norm_is_of_all_gradients_concatenated():
     model = GPT(SHAPE)
     model(*batch(0))[1].backward()
     norm = parallel.total_norm(model)
@@ -534,26 +547,26 @@ def test_total_norm_is_that_of_all_gradients_in_one_row():
     assert not torch.isfinite(parallel.total_norm(model))
 
 
-def test_scatter_refuses_what_does_not_fit():
+def test_scatter_refuses_other_names_and_shapes():
     state = {"a": torch.ones(2), "b": torch.ones(3)}
     with pytest.raises(ValueError, match="b is missing"):
         parallel.scatter({"a": torch.zeros(2), "b": torch.zeros(3)}, {"a": torch.ones(2)})
-    with pytest.raises(ValueError, match="b is not expected"):
+    with pytest.raises(ValueError, match=r"b is \(3,\) there and missing here"):
         parallel.scatter({"a": torch.zeros(2)}, state)
-    with pytest.raises(ValueError, match=r"b has shape \(3,\) where \(1,\) is needed"):
+    with pytest.raises(ValueError, match=r"b is \(3,\) there and \(1,\) here"):
         parallel.scatter({"a": torch.zeros(2), "b": torch.zeros(1)}, state)
     named = {"a": torch.nn.Parameter(torch.zeros(2)), "b": torch.zeros(3)}
     parallel.scatter(named, state)
     assert named["a"].sum() == 2 and named["b"].sum() == 3
 
 
-def test_turns_take_each_batch_once_and_equally_often():
+def test_shard_batches_gives_each_batch_once():
     worlds = [World(rank, 3, rank, torch.device("cpu")) for rank in range(3)]
     for n in range(8):
-        taken = [list(parallel.turns(range(n), world)) for world in worlds]
+        taken = [list(parallel.shard_batches(range(n), world)) for world in worlds]
         assert len({len(of_rank) for of_rank in taken}) == 1
         assert sorted(batch for of_rank in taken for batch, counts in of_rank if counts) == list(range(n))
-    assert list(parallel.turns("ab", ALONE)) == [("a", True), ("b", True)]
+    assert list(parallel.shard_batches("ab", ALONE)) == [("a", True), ("b", True)]
 
 
 if __name__ == "__main__":

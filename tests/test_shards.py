@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from model import cli
-from model.cli import UserError
+from model.cli import LiveLine, UserError
 from model.data import __main__ as data_command
 from model.data import corpus, get_batch, load, open_source, prepare, shards, verify
 from model.data.shards import BadShard, Shard, Tokens, Writer
@@ -71,21 +72,21 @@ def test_a_shard_whose_writer_was_killed_is_none(tmp_path):
     writer = Writer(tmp_path, "train", np.dtype("<u2"), shard_tokens=10)
     writer.write(np.arange(5))
     writer._file.flush()
-    with pytest.raises(BadShard, match="begins with the number 0"):
+    with pytest.raises(BadShard, match="its magic number is 0"):
         Shard.open(writer.paths[0])
     writer.close()
     assert Shard.open(writer.paths[0]).tokens == 5
 
 
 BAD = {
-    "magic": (shard_bytes([1, 2], magic=20240522), "begins with the number 20240522"),
-    "raw": (bytes(range(256)) * 8, r"begins with the number \d+, a shard with 20240520 or 20240801"),
+    "magic": (shard_bytes([1, 2], magic=20240522), "its magic number is 20240522"),
+    "raw": (bytes(range(256)) * 8, r"its magic number is \d+, that of a shard is 20240520 or 20240801"),
     "version": (shard_bytes([1, 2], version=2), "version 2, this project reads 1"),
     "version of uint32": (shard_bytes([1, 2], magic=20240801, version=1, kind="I"), "version 1, this project reads 7"),
-    "too short": (shard_bytes([1, 2], tokens=3), "1,028 bytes, and its header of 3 ids asks for 1,030"),
+    "too short": (shard_bytes([1, 2], tokens=3), "1,028 bytes instead of 1,030 for the 3 ids of its header"),
     "too long": (shard_bytes([1, 2], tokens=1), "1,028 bytes"),
-    "negative": (shard_bytes([1, 2], tokens=-1), "header of -1 ids"),
-    "width": (shard_bytes([1, 2], magic=20240801, version=7), "asks for 1,032"),
+    "negative": (shard_bytes([1, 2], tokens=-1), "the -1 ids of its header"),
+    "width": (shard_bytes([1, 2], magic=20240801, version=7), "instead of 1,032"),
     "no ids": (shard_bytes([]), "it is empty"),
     "no bytes": (b"", "it has 0 bytes"),
     "half a header": (shard_bytes([])[:1000], "it has 1,000 bytes"),
@@ -105,7 +106,7 @@ def fineweb(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("kind", [*BAD, "folder", "dangling"])
-def test_a_bad_shard_is_named_and_left_out_only_if_told_to(tmp_path, fineweb, capsys, kind):
+def test_bad_shard_is_named_and_skipped_on_request(tmp_path, fineweb, capsys, kind):
     bad = fineweb / "fineweb_train_000002.bin"
     bad.unlink()
     if kind == "folder":
@@ -126,11 +127,11 @@ def test_a_bad_shard_is_named_and_left_out_only_if_told_to(tmp_path, fineweb, ca
 
     data = open_source(fineweb, tmp_path / "run", "gpt2", skip_bad_shards=True)
     left = capsys.readouterr().err
-    assert left.startswith(f"left out: {bad}: ")
+    assert left.startswith(f"skipped: {bad}: ")
     assert left.count("\n") == 1
     assert len(data.train) == 200
     assert [Path(entry["path"]).name[-5] for entry in data.meta["train"]["shards"]] == ["1", "3"]
-    # what was left out stays out, whatever becomes of it: a run that goes on sees the same data
+    # a skipped shard stays skipped, whatever becomes of it: a resumed run sees the same data
     if bad.is_file():
         write(bad, range(100))
     assert len(load(tmp_path / "run").train) == 200
@@ -291,7 +292,7 @@ def test_more_shards_than_a_process_may_open_files(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_shard_that_changes_after_it_was_checked_is_named(tmp_path):
+def test_shard_changed_after_its_check_is_named(tmp_path):
     path = write(tmp_path / "0.bin", range(5000))
     tokens = opened(path)
     os.truncate(path, 2000)
@@ -367,15 +368,15 @@ def test_a_single_shard_has_its_validation_beside_it(tmp_path, fineweb):
     data = open_source(fineweb / "fineweb_train_000002.bin", tmp_path / "run", "gpt2")
     assert (len(data.train), len(data.val)) == (100, 150)
     assert [Path(entry["path"]).name for entry in data.meta["train"]["shards"]] == ["fineweb_train_000002.bin"]
-    with pytest.raises(UserError, match=r"fineweb_val_000000\.bin would be training and validation data"):
+    with pytest.raises(UserError, match=r"fineweb_val_000000\.bin is named as training and as validation data"):
         open_source(fineweb / "fineweb_val_000000.bin", tmp_path / "other", "gpt2")
 
 
-def test_what_a_folder_of_shards_lacks_is_refused_in_words(tmp_path, fineweb):
+def test_incomplete_folder_of_shards_is_refused(tmp_path, fineweb):
     with pytest.raises(UserError, match="give --tokenizer gpt2"):
         open_source(fineweb, tmp_path / "run", "char")
     write(fineweb / "train_and_val.bin", [1])
-    with pytest.raises(UserError, match=r"train_and_val\.bin would be training and validation"):
+    with pytest.raises(UserError, match=r"train_and_val\.bin is named as training and as validation"):
         open_source(fineweb, tmp_path / "run", "gpt2")
     (fineweb / "train_and_val.bin").unlink()
     with pytest.MonkeyPatch.context() as patch:
@@ -391,7 +392,7 @@ def test_what_a_folder_of_shards_lacks_is_refused_in_words(tmp_path, fineweb):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_does_not_take_the_place_of_its_shards(tmp_path, fineweb):
+def test_run_folder_never_replaces_its_shards(tmp_path, fineweb):
     prepare(text_file(tmp_path), tmp_path / "tokens", "gpt2")
     for source in (tmp_path / "tokens", tmp_path / "tokens" / "train_000000.bin"):
         with pytest.raises(UserError, match="where the shards lie"):
@@ -435,7 +436,7 @@ def test_a_prepared_folder_without_validation_is_refused(tmp_path):
 def test_a_damaged_shard_of_a_prepared_folder(tmp_path, capsys):
     made = prepare(text_file(tmp_path), tmp_path / "tokens", "char", shard_tokens=1000).train[:]
     damage(tmp_path / "tokens" / "train_000001.bin")
-    with pytest.raises(UserError, match=r"train_000001\.bin is a bad shard: its SHA-256 is another"):
+    with pytest.raises(UserError, match=r"train_000001\.bin is a bad shard: its SHA-256 has changed"):
         open_source(tmp_path / "tokens", tmp_path / "run", "char")
     data = open_source(tmp_path / "tokens", tmp_path / "run", "char", skip_bad_shards=True)
     assert "train_000001.bin" in capsys.readouterr().err
@@ -443,7 +444,7 @@ def test_a_damaged_shard_of_a_prepared_folder(tmp_path, capsys):
     assert data.train[900:1100].tolist() == [*made[900:1000], *made[2000:2100]]
 
 
-def test_a_text_is_encoded_into_the_run_and_may_change_later(tmp_path):
+def test_text_is_encoded_into_the_run(tmp_path):
     path = text_file(tmp_path)
     data = open_source(path, tmp_path / "run", "char")
     assert data.tokenizer.decode(data.train[:]) + data.tokenizer.decode(data.val[:]) == TEXT
@@ -451,7 +452,7 @@ def test_a_text_is_encoded_into_the_run_and_may_change_later(tmp_path):
     assert load(tmp_path / "run").train[:].tolist() == data.train[:].tolist()
 
 
-# A run that goes on
+# A resumed run
 
 
 def damage(path: Path, keep_time: bool = False) -> None:
@@ -467,7 +468,7 @@ def damage(path: Path, keep_time: bool = False) -> None:
 def test_a_replaced_shard_is_refused_by_name(tmp_path, fineweb, name):
     open_source(fineweb, tmp_path / "run", "gpt2")
     damage(fineweb / name)
-    with pytest.raises(UserError, match=r"not what it was .* its SHA-256 is another") as error:
+    with pytest.raises(UserError, match=r"not what it was .* its SHA-256 has changed") as error:
         load(tmp_path / "run")
     assert str(error.value).startswith(str(fineweb / name))
     assert "--skip-bad-shards" not in str(error.value)  # the data of a run stays what it is
@@ -480,7 +481,7 @@ def test_a_replaced_shard_is_refused_by_name(tmp_path, fineweb, name):
         load(tmp_path / "run")
 
 
-def test_a_shard_of_another_time_is_read_and_accepted_if_it_is_the_same(tmp_path, fineweb, monkeypatch):
+def test_touched_shard_is_accepted_after_reading(tmp_path, fineweb, monkeypatch):
     open_source(fineweb, tmp_path / "run", "gpt2")
     touched = fineweb / "fineweb_train_000002.bin"
     os.utime(touched, ns=(1, 1))
@@ -516,9 +517,9 @@ def test_verify_reads_what_load_trusts(tmp_path, fineweb):
 
 def test_long_checks_tell_the_time_left(tmp_path, fineweb, monkeypatch, capsys):
     clock = iter(range(0, 10_000, 5))
-    monkeypatch.setattr(corpus.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(corpus, "LiveLine", functools.partial(LiveLine, clock=lambda: next(clock)))
     open_source(fineweb, tmp_path / "run", "gpt2")
-    assert "checking shards: " in capsys.readouterr().err
+    assert "checking shards " in capsys.readouterr().err
 
 
 # The command
@@ -573,7 +574,7 @@ def test_prepare_encodes_for_gpt2_where_nothing_else_is_said(tmp_path, capsys):
         (["prepare", "text.txt", "tokens", "--tokenizer", "words"], "unknown tokenizer 'words'"),
     ],
 )
-def test_the_command_refuses_in_words(tmp_path, monkeypatch, capsys, args, message):
+def test_command_refuses_bad_input(tmp_path, monkeypatch, capsys, args, message):
     text_file(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert call(*args) == 2

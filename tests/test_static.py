@@ -34,8 +34,9 @@ def _survey(folder, *options):
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_launches_that_matter_have_no_problem_on_any_architecture(tmp_path):
+def test_launches_have_no_problem_on_any_architecture(tmp_path):
     rows = _survey(tmp_path, "--arch", "80", "90", "100", "--dtype", "bfloat16", "--bench-only")
     assert {row["arch"] for row in rows} == {80, 90, 100}
     for row in rows:
@@ -85,14 +86,14 @@ for spec in all_specs().values():
         kernel, meta = launch.kernel, launch.meta | {"debug": False, "instrumentation_mode": ""}
         *_, backend, binder = kernel.device_caches[0]
         options, *rest = kernel._pack_args(backend, meta, *binder(*launch.args, **meta))
-        src, ours = source(launch)
+        src, ours = source(launch, 90)
         assert ASTSource(kernel, *rest).hash() == src.hash(), (kernel.__name__, rest, src.signature, src.attrs)
         assert options.hash() == backend.parse_options(ours).hash(), kernel.__name__
 print("same")
 """
 
 
-def test_what_is_compiled_here_is_what_a_launch_would_compile():
+def test_compiled_source_is_what_a_launch_compiles():
     """The specialisation is Triton's own: a launch on a GPU finds the file that was compiled without one."""
     done = _compiled("-c", SAME_FILE)
     assert done.stdout == "same\n", done.stdout + done.stderr
@@ -135,7 +136,7 @@ print(json.dumps(good + [
 """
 
 
-def test_the_preflight_lets_good_kernels_pass_and_says_what_is_wrong_with_others(tmp_path):
+def test_preflight_passes_good_kernels_and_names_faults(tmp_path):
     script = tmp_path / "preflight.py"  # a file: Triton reads the source of a kernel
     script.write_text(PREFLIGHT)
     done = _compiled(str(script))
@@ -178,7 +179,7 @@ GOOD = dict(
         ({"error": "PTXASError: no"}, "PTXASError"),
     ],
 )
-def test_a_problem_is_named(change, words):
+def test_problem_is_named(change, words):
     row = static.StaticRow(**{**GOOD, **change})
     assert (words in row.problem) if words else row.problem == ""
     assert ("<-" in static.line(row)) == bool(words)
@@ -204,6 +205,10 @@ def test_where_wide_loads_are_expected():
     assert not ask(33, 1) and not ask(48, 2) and not ask(1, 1) and not ask(48, 32) and not ask(48, 1, start=1)
     bare = SimpleNamespace(arg_names=["x_ptr", "N"])
     assert not static._aligned(Launch(bare, (1,), (torch.empty(64), 48)))
+    packed = SimpleNamespace(arg_names=["x", "stride_x"])  # the strides of a tensor as one tuple
+    assert static._aligned(Launch(packed, (1,), ((torch.empty(64), None), (48, 1))))
+    assert not static._aligned(Launch(packed, (1,), ((torch.empty(64), None), (1, 1))))
+    assert not static._aligned(Launch(packed, (1,), ((None, torch.empty(64)[1:]), (48, 1))))
 
 
 def test_blocks_on_a_multiprocessor():

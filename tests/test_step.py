@@ -11,6 +11,7 @@ from torch import Tensor
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.training import optim
+from model.training.failure import diagnose
 from model.training.parallel import World
 from model.training.step import FIRST_SCALE, GROWTH_STEPS, NOT_FINITE, SPIKE, WINDOW, Guard, Step, dropout_seed
 
@@ -55,7 +56,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 # What a step computes
 
 
-def test_a_step_is_clip_grad_norm_and_adamw():
+def test_step_equals_clip_grad_norm_and_adamw():
     ours, theirs = build(grad_clip=0.3), build()
     reference = torch.optim.AdamW(
         [
@@ -82,7 +83,7 @@ def test_a_step_is_clip_grad_norm_and_adamw():
 
 @pytest.mark.parametrize("micro_steps", [2, 4])
 def test_accumulation_equals_the_large_batch_weighted_by_tokens(micro_steps):
-    """Rows with many targets left out: a mean of means would differ."""
+    """Rows with many ignored targets: a mean of means would differ."""
     whole, parts = build(), build()
     for k in range(1, 4):
         idx, targets = tokens(4, seed=k)
@@ -97,7 +98,7 @@ def test_accumulation_equals_the_large_batch_weighted_by_tokens(micro_steps):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_working_weights_change_nothing_but_the_number_of_casts(dtype):
+def test_working_weights_only_save_casts(dtype):
     kept, cast = build(DROPOUT, dtype), build(DROPOUT, dtype)
     for linear in cast.model._linears():
         linear.working = None
@@ -107,7 +108,7 @@ def test_working_weights_change_nothing_but_the_number_of_casts(dtype):
     assert all(p.dtype == torch.float32 for p in kept.parameters)
 
 
-def test_recomputation_gives_the_same_gradients_through_dropout(monkeypatch):
+def test_recompute_gives_the_same_gradients_through_dropout(monkeypatch):
     """Against the same blocks with the same seeds, called without torch's checkpoint."""
     again, plain = build(DROPOUT), build(DROPOUT)
     again.model.recompute = plain.model.recompute = True
@@ -139,7 +140,7 @@ def test_documents_keep_attention_inside():
     step.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs.get("documents")), with_kwargs=True
     )
-    step._forward(idx[0], targets[0])
+    step.forward(idx[0], targets[0])
     assert seen[0].tolist() == [[0] * 9 + [1] * 7]
     with torch.no_grad():
         documents = seen[0]
@@ -148,7 +149,7 @@ def test_documents_keep_attention_inside():
     assert torch.equal(a[:, 9:], b[:, 9:]) and not torch.equal(a[:, 9:], c[:, 9:])
 
 
-def test_dropout_depends_on_seed_step_and_rank_alone():
+def test_dropout_depends_on_seed_step_and_rank():
     seeds = {dropout_seed(seed, step, rank) for seed in (1, 2) for step in range(50) for rank in range(3)}
     assert len(seeds) == 2 * 50 * 3 and all(0 <= seed < 2**63 for seed in seeds)
     assert dropout_seed(1337, 5, 0) == dropout_seed(1337, 5, 0)
@@ -162,7 +163,7 @@ def test_dropout_depends_on_seed_step_and_rank_alone():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_it_learns(kind):
+def test_step_reduces_the_loss(kind):
     step = build(kind=kind, ema=0.5)
     losses = []
     for k in range(1, 61):
@@ -178,11 +179,11 @@ def test_it_learns(kind):
 
 
 def judge(guard: Guard, step: int, loss: float, norm: float = 1.0) -> float:
-    return guard.judge(torch.tensor(step), torch.tensor(loss), torch.tensor(norm)).item()
+    return guard.should_skip(torch.tensor(step), torch.tensor(loss), torch.tensor(norm)).item()
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (float("-inf"), float("nan"))])
-def test_what_is_not_finite_ends_all_updates_from_that_step_on(loss, norm):
+def test_non_finite_step_ends_all_updates(loss, norm):
     guard = Guard(CPU)
     assert [judge(guard, k, 1.0) for k in (1, 2)] == [0.0, 0.0]
     assert judge(guard, 3, loss, norm) == 1.0
@@ -191,7 +192,7 @@ def test_what_is_not_finite_ends_all_updates_from_that_step_on(loss, norm):
     assert (guard.bad_step.item(), guard.cause.item(), guard.skipped.item()) == (3, NOT_FINITE, 0)
 
 
-def test_a_bad_step_leaves_weights_optimizer_and_average_as_they_are():
+def test_bad_step_changes_no_state():
     step = build(ema=0.9)
     run(step, 2)
     before = weights(step), optim.optimizer_state(step.optimizers, step.model), step.ema.tensors
@@ -211,7 +212,7 @@ def noise(k: int) -> float:
 
 
 @pytest.mark.parametrize("which", ["loss", "norm"])
-def test_a_spike_is_left_out_and_the_run_goes_on(which):
+def test_spike_is_skipped_and_training_continues(which):
     guard = Guard(CPU, spikes="skip", z=6.0)
     spike = {"loss": (9.0, 2.0), "norm": (2.0, 9.0)}[which]
     for k in range(1, WINDOW):
@@ -223,7 +224,7 @@ def test_a_spike_is_left_out_and_the_run_goes_on(which):
     assert (guard.bad_step.item(), guard.skipped.item()) == (0, 1)
 
 
-def test_no_spike_is_seen_before_the_window_is_full_or_within_z():
+def test_spike_needs_a_full_window_and_z():
     guard = Guard(CPU, spikes="skip", z=6.0)
     for k in range(1, WINDOW):
         assert judge(guard, k, noise(k)) == 0.0
@@ -235,7 +236,7 @@ def test_no_spike_is_seen_before_the_window_is_full_or_within_z():
     assert all(judge(off, k, noise(k)) == 0.0 for k in range(1, WINDOW + 1)) and judge(off, WINDOW + 1, 1e9) == 0.0
 
 
-def test_a_run_whose_loss_has_moved_for_good_is_not_left_out_for_ever():
+def test_lasting_change_of_loss_stops_being_skipped():
     guard = Guard(CPU, spikes="skip", z=6.0)
     for k in range(1, WINDOW + 1):
         judge(guard, k, noise(k))
@@ -243,7 +244,7 @@ def test_a_run_whose_loss_has_moved_for_good_is_not_left_out_for_ever():
     assert 1 <= skipped < WINDOW / 4
 
 
-def test_a_spike_can_end_the_run():
+def test_spike_can_end_the_run():
     guard = Guard(CPU, spikes="stop", z=6.0)
     for k in range(1, WINDOW + 1):
         judge(guard, k, noise(k))
@@ -252,7 +253,7 @@ def test_a_spike_can_end_the_run():
     assert (guard.bad_step.item(), guard.cause.item()) == (WINDOW + 1, SPIKE)
 
 
-def test_a_guard_that_was_saved_decides_as_the_one_that_was_not():
+def test_restored_guard_decides_identically():
     first, second = (Guard(CPU, spikes="skip", z=3.0, scaled=True) for _ in range(2))
     for k in range(1, WINDOW + 40):
         judge(first, k, noise(k))
@@ -266,7 +267,7 @@ def test_a_guard_that_was_saved_decides_as_the_one_that_was_not():
 # float16
 
 
-def test_an_overflow_is_left_out_and_the_scale_halved_and_grown():
+def test_overflow_is_skipped_and_halves_the_scale():
     guard = Guard(CPU, scaled=True)
     assert guard.scale.item() == FIRST_SCALE
     assert judge(guard, 1, 1.0, float("inf")) == 1.0
@@ -278,15 +279,15 @@ def test_an_overflow_is_left_out_and_the_scale_halved_and_grown():
     assert guard.bad_step.item() == 9
 
 
-def test_a_scale_of_one_can_be_the_cause_no_more():
+def test_overflow_at_scale_one_ends_the_run():
     guard = Guard(CPU, scaled=True)
     for k in range(1, 18):
         assert judge(guard, k, 1.0, float("inf")) == 1.0
     assert guard.scale.item() == 1.0 and guard.bad_step.item() == 17 and guard.skipped.item() == 16
 
 
-def test_float16_trains_as_float32_does_and_survives_overflows():
-    """The first scale is far too large here, so the first steps are left out."""
+def test_float16_matches_float32_and_survives_overflows():
+    """The first scale is far too large here, so the first steps are skipped."""
     step, reference = build(dtype=torch.float16), build()
     step.guard.scale.fill_(2.0**40)
     k = 0
@@ -307,7 +308,7 @@ def test_float16_trains_as_float32_does_and_survives_overflows():
 # What went wrong
 
 
-def test_a_bad_step_can_be_looked_at_again():
+def test_diagnose_names_the_first_bad_module():
     step = build(DROPOUT)
     run(step, 2)
     module = step.model.transformer.h[1].mlp
@@ -315,22 +316,22 @@ def test_a_bad_step_can_be_looked_at_again():
     idx, targets = tokens(4, seed=3, micro_steps=2)
     step(idx, targets, step=3, lr=1e-2)
     before = weights(step)
-    found = step.examine(idx, targets, step=3)
+    found = diagnose(step, idx, targets, 3)
     assert found["losses"] == ["nan", "nan"]
     assert found["first_module_not_finite"] == {"micro_step": 0, "module": "transformer.h.1.mlp"}
     assert "transformer.ln_f.weight" in found["gradients_not_finite"]
     assert equal(before, weights(step)) and all(p.grad is None for p in step.parameters)
 
 
-def test_looking_again_meets_the_same_dropout():
+def test_diagnose_draws_the_same_dropout():
     step = build(DROPOUT, grad_clip=0.0)
     idx, targets = tokens(4, seed=1)
     step(idx, targets, step=1, lr=0.0)
-    assert step.examine(idx, targets, step=1)["losses"] == [step.loss.item()]
-    assert step.examine(idx, targets, step=2)["losses"] != [step.loss.item()]
+    assert diagnose(step, idx, targets, 1)["losses"] == [step.loss.item()]
+    assert diagnose(step, idx, targets, 2)["losses"] != [step.loss.item()]
 
 
-def test_warming_up_changes_nothing():
+def test_warm_up_changes_nothing():
     first, second = build(DROPOUT), build(DROPOUT)
     assert first.warm_up(*tokens(4)) > 0
     assert run(first, 3) == run(second, 3)
@@ -339,7 +340,7 @@ def test_warming_up_changes_nothing():
 # Without a GPU: what a CUDA graph would record is called as often, and on the same buffers
 
 
-def test_the_step_is_captured_once_and_replayed(monkeypatch):
+def test_graph_is_captured_once_and_replayed(monkeypatch):
     graphed, eager = build(DROPOUT, graph=True), build(DROPOUT)
 
     class Graph:
@@ -360,7 +361,7 @@ def test_the_step_is_captured_once_and_replayed(monkeypatch):
     assert captures == [4] and equal(weights(graphed), weights(eager))
 
 
-def test_a_step_never_waits_for_the_device():
+def test_step_never_waits_for_the_device():
     """Nothing asks for a number: on a GPU each would stop the queue, and a CUDA graph could not be captured."""
     step = build(DROPOUT, torch.float16, guard=Guard(CPU, spikes="skip", scaled=True), ema=0.9, document_id=0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import lzma
 import socket
 
 import numpy as np
@@ -116,16 +117,12 @@ def test_vocabulary_is_small_complete_and_licensed():
     assert "MIT License" in (asset.parent / "LICENSE-gpt2-vocabulary.txt").read_text()
 
 
-def test_vocabulary_can_be_rebuilt_from_a_tiktoken_file(tmp_path):
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tk._read_vocabulary()))
-    (tmp_path / "gpt2.tiktoken").write_text("".join(lines))
-    tk.pack_vocabulary(tmp_path / "gpt2.tiktoken", tmp_path / "packed.xz")
-    assert tk._read_vocabulary(tmp_path / "packed.xz") == tk._read_vocabulary()
-
-    (tmp_path / "other.tiktoken").write_text("IQ== 0\n")
-    with pytest.raises(UserError, match="SHA-256"):
-        tk.pack_vocabulary(tmp_path / "other.tiktoken", tmp_path / "other.xz")
-    assert not (tmp_path / "other.xz").exists()
+def test_asset_is_the_published_vocabulary_packed():
+    """How the asset is made from r50k_base.tiktoken, whose SHA-256 _read_vocabulary compares."""
+    lines = (f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tk._read_vocabulary()))
+    tokens = [base64.b64decode(line.split()[0]) for line in lines]
+    packed = lzma.compress(bytes(map(len, tokens)) + b"".join(tokens), preset=9 | lzma.PRESET_EXTREME)
+    assert packed == tk._VOCABULARY.read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "other"])
@@ -179,7 +176,7 @@ def test_pieces_are_bounded_and_complete(parts, size):
     assert all(0 < len(piece) <= 2 * size for piece in cut)
 
 
-def test_pieces_are_near_their_size_and_come_before_the_end_of_the_text(monkeypatch):
+def test_pieces_have_their_size_and_come_early(monkeypatch):
     monkeypatch.setattr(tk, "PIECE", 5000)
     monkeypatch.setattr(tk, "LONGEST_PIECE", 10_000)
     taken = []
@@ -197,7 +194,7 @@ def test_pieces_are_near_their_size_and_come_before_the_end_of_the_text(monkeypa
 # Characters
 
 
-def test_char_ids_are_sorted_and_the_end_of_text_is_the_last():
+def test_char_ids_are_sorted_with_eot_last():
     tokenizer = CharTokenizer("banana\n")
     assert tokenizer.chars == "\nabn"
     assert (tokenizer.n_vocab, tokenizer.eot_id) == (5, 4)
@@ -271,7 +268,7 @@ class TestEveryTokenizer:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no tokenizer"),
+        (None, "has no tokenizer"),
         ("", "damaged"),
         ("{", "damaged"),
         ("[]", "damaged"),
@@ -296,7 +293,7 @@ def test_load_refuses_by_name(tmp_path, content, message):
 def test_load_of_a_file_or_nothing(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "nothing"):
-        with pytest.raises(UserError, match="holds no tokenizer"):
+        with pytest.raises(UserError, match="has no tokenizer"):
             load_tokenizer(path)
 
 

@@ -21,9 +21,13 @@ from model.gpt import GPT, num_parameters
 from model.training import memory as step_memory
 from model.training import optim
 from model.training.flops import PEAK_TFLOPS, flops_per_token, mfu, parameters, peak_flops
-from model.training.memory import RESERVE, Memory, advice, describe, device_bytes, fit, largest_batch, memory
-from model.training.run_folder import PRESETS as PRESETS_FOLDER
-from model.training.run_folder import read_preset
+from model.training.memory import RESERVE, Memory, MemoryModel, _Step, device_bytes
+from model.training.options import PRESETS as PRESETS_FOLDER
+from model.training.options import read_preset
+
+
+def predict(config, batch, context, dtype, backend="triton", **options) -> Memory:
+    return MemoryModel(config, context, dtype, backend, **options).predict(batch)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -47,7 +51,7 @@ def test_flops_per_token_is_the_palm_formula():
     assert flops_per_token(PRESETS["gpt2"], context=1024) == 855_166_464  # the usual 855 MFLOP per token
 
 
-def test_flops_count_the_context_that_is_trained_not_the_one_that_fits():
+def test_flops_count_the_trained_context():
     gpt2 = PRESETS["gpt2"]
     assert flops_per_token(gpt2, 1024) - flops_per_token(gpt2, 512) == 12 * 12 * 768 * 512
 
@@ -88,7 +92,7 @@ def test_peak_by_device_name(monkeypatch, name, bf16, fp16, fp32):
     assert peak_flops("cuda", torch.float64) is None
 
 
-def test_every_listed_card_finds_its_own_row(monkeypatch):
+def test_every_listed_card_finds_its_row(monkeypatch):
     for card, row in PEAK_TFLOPS.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, card=card: f"NVIDIA {card} 80GB")
         assert peak_flops(torch.device("cuda", 0), torch.float16) == pytest.approx(row[1] * 1e12), card
@@ -159,9 +163,15 @@ DROPOUT = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("drops", [(), ("resid_pdrop",), tuple(DROPOUT)], ids=lambda names: "+".join(names) or "whole")
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("eager", torch.float32), ("eager", torch.float16), ("triton", torch.float16)], ids=str
+    ("backend", "dtype"),
+    [
+        ("eager", torch.float32),
+        ("eager", torch.float16),
+        pytest.param("triton", torch.float16, marks=pytest.mark.slow),  # interpreted
+    ],
+    ids=str,
 )
-def test_activations_are_what_a_loss_holds(backend, dtype, drops, recompute, runs):
+def test_predicted_activations_are_what_autograd_saves(backend, dtype, drops, recompute, runs):
     runs(backend)
     config = replace(_config(300, 32, 2, 16, bias=not drops), **{name: DROPOUT[name] for name in drops})
     model = GPT(config, dtype)
@@ -176,7 +186,7 @@ def test_activations_are_what_a_loss_holds(backend, dtype, drops, recompute, run
         kept -= 4  # the sum of the classes' weights
         if dtype == torch.float16:  # a CPU keeps statistics in `dtype`: mean and rstd of 5 LayerNorms, or of 1
             kept += (1 if recompute else 5) * 32 * 2 * 2
-    predicted = memory(config, 2, 16, dtype, backend, card=0, recompute=recompute).activations
+    predicted = predict(config, 2, 16, dtype, backend, card=0, recompute=recompute).activations
     small = 150 if drops else 0  # seeds, scalars
     assert predicted <= kept <= predicted + small
 
@@ -187,15 +197,17 @@ INTERPRETED = {"loss, backward", "loss, forward, in two chunks"}  # in 16 bits; 
 @pytest.mark.parametrize(
     ("backend", "dtype", "shape"),
     [("eager", dtype, shape) for dtype in (torch.float32, torch.float16) for shape in SHAPES]
-    + [("triton", torch.float32, shape) for shape in SHAPES]
-    + [("triton", torch.float16, shape) for shape in SHAPES if shape in INTERPRETED],
+    + [pytest.param("triton", torch.float32, shape, marks=pytest.mark.slow) for shape in SHAPES]
+    + [
+        pytest.param("triton", torch.float16, shape, marks=pytest.mark.slow) for shape in SHAPES if shape in INTERPRETED
+    ],
     ids=str,
 )
 def test_peak_of_a_training_step(backend, dtype, shape, runs):
     runs(backend)
     V, C, layers, batch, context, bias = SHAPES[shape]
     config = _config(V, C, layers, context, bias)
-    predicted = memory(config, batch, context, dtype, backend, card=0)
+    predicted = predict(config, batch, context, dtype, backend, card=0)
     measured = step_peak(config, batch, context, dtype, backend, CPU)
     if backend == "triton" and dtype == torch.float16 and shape == "loss, forward, in two chunks":
         measured -= 4 * 128 * (V + C)  # a CPU multiplies in float32: copies of a chunk of logits and of its input
@@ -240,31 +252,33 @@ AGAIN, MUON = {"recompute": True}, {"optimizer": "muon"}
 def test_peak_of_a_training_step_by_option(shape, dtype, dropout, options, micro_steps):
     V, C, layers, batch, context, bias = (SHAPES | MORE_SHAPES)[shape]
     config = replace(_config(V, C, layers, context, bias), **(DROPOUT if dropout else {}))
-    predicted = memory(config, batch, context, dtype, "eager", card=0, accumulate=micro_steps > 1, **options)
+    predicted = predict(config, batch, context, dtype, "eager", card=0, accumulate=micro_steps > 1, **options)
     measured = step_peak(config, batch, context, dtype, "eager", CPU, micro_steps=micro_steps, **options)
     measured -= (micro_steps - 1) * 2 * 8 * batch * context  # tokens of the others
     assert predicted.peak - _held(predicted) == pytest.approx(measured - _held(predicted), rel=0.02)
 
 
-def test_the_loss_of_a_recomputed_model_finds_the_residual_stream_still_there(runs):
+@pytest.mark.slow
+def test_recompute_keeps_the_residual_stream_until_the_loss(runs):
     runs("triton")
     config = _config(640, 16, 1, 48, bias=False)
-    predicted = memory(config, 2, 48, torch.float32, card=0, recompute=True)
+    predicted = predict(config, 2, 48, torch.float32, card=0, recompute=True)
     measured = step_peak(config, 2, 48, torch.float32, "triton", CPU, recompute=True)
     assert predicted.peak - _held(predicted) == pytest.approx(measured - _held(predicted), rel=0.005)
 
 
-def test_peak_of_a_training_step_with_dropout_in_the_kernels(runs):
+@pytest.mark.slow
+def test_peak_of_a_training_step_with_kernel_dropout(runs):
     runs("triton")
     config, batch, context = replace(_config(20, 16, 1, 16, bias=True), **DROPOUT), 1, 16
-    predicted = memory(config, batch, context, torch.float32, card=0, recompute=True)
+    predicted = predict(config, batch, context, torch.float32, card=0, recompute=True)
     measured = step_peak(config, batch, context, torch.float32, "triton", CPU, recompute=True)
     assert predicted.peak - _held(predicted) == pytest.approx(measured - _held(predicted), rel=0.02)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *MORE_SHAPES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_graph_leaves_no_memory_to_an_evaluation(dtype, shape):
+def test_graph_adds_the_memory_of_an_evaluation(dtype, shape):
     V, C, layers, batch, context, bias = (SHAPES | MORE_SHAPES)[shape]
     config = _config(V, C, layers, context, bias)
     model = GPT(config, dtype)
@@ -274,7 +288,7 @@ def test_a_graph_leaves_no_memory_to_an_evaluation(dtype, shape):
         model(idx, idx)
         measured = levels(lambda: model(idx, idx), CPU)[0]
     with_graph, without = (
-        memory(config, batch, context, dtype, "eager", card=0, graph=graph) for graph in (True, False)
+        predict(config, batch, context, dtype, "eager", card=0, graph=graph) for graph in (True, False)
     )
     assert with_graph.peak - without.peak == pytest.approx(measured + 2 * idx.nbytes, rel=0.03)
 
@@ -289,30 +303,30 @@ def test_peak_of_a_training_step_on_a_gpu(backend, dtype, options, device):
         config, options = replace(config, **DROPOUT), {}
     card = torch.cuda.get_device_properties(device).total_memory
     for batch in (1, 8, 64):
-        predicted = memory(config, batch, 256, dtype, backend, card=card, **options)
+        predicted = predict(config, batch, 256, dtype, backend, card=card, **options)
         measured = step_peak(config, batch, 256, dtype, backend, device, **options)
         assert predicted.peak == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_what_is_held_is_what_a_run_holds(kind):
+def test_persistent_parts_are_what_a_run_holds(kind):
     model = GPT(_config(300, 32, 2, 16, bias=True), torch.bfloat16)
     model.keep_working_weights()
     optimizers = optim.build(model, kind=kind, betas=(0.9, 0.95), weight_decay=0.1)
     model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
-    needs = memory(model.config, 1, 4, torch.bfloat16, optimizer=kind, ema=True)
+    needs = predict(model.config, 1, 4, torch.bfloat16, optimizer=kind, ema=True)
     assert needs.parameters == sum(p.nbytes for p in model.parameters())
     assert needs.working == sum(buffer.nbytes for buffer in model.buffers()) > 0
     assert needs.gradients == sum(p.grad.nbytes for p in model.parameters())
     state = optim.optimizer_state(optimizers, model).items()
     assert needs.optimizer == sum(t.nbytes for name, t in state if not name.startswith("step/"))
     assert needs.ema == sum(t.nbytes for t in optim.EMA(model, 0.9).tensors.values())
-    less = memory(model.config, 1, 4, torch.float32)
+    less = predict(model.config, 1, 4, torch.float32)
     assert less.working == less.ema == 0
     assert needs.peak == _held(needs) + needs.activations + needs.workspace
 
 
-def test_scratch_is_the_chunk_of_logits_that_the_kernel_takes(monkeypatch):
+def test_scratch_is_the_kernels_chunk_of_logits(monkeypatch):
     cuda = torch.device("cuda", 0)
     for gib in (0, 6, 24, 80):
         properties = SimpleNamespace(total_memory=gib * 2**30)
@@ -320,27 +334,29 @@ def test_scratch_is_the_chunk_of_logits_that_the_kernel_takes(monkeypatch):
         for M, V, size in ((1, 10, 4), (100, 300, 2), (5000, 50257, 2), (65536, 50257, 2), (65536, 50304, 4)):
             row_bytes = -(-V // 64) * 64 * size
             rows = min(M, chunk_rows(M, row_bytes, cuda))
-            assert step_memory._scratch(M, V, size, gib * 2**30) == rows * row_bytes, (gib, M, V)
+            dtype = torch.float32 if size == 4 else torch.bfloat16
+            model = MemoryModel(replace(PRESETS["tiny"], vocab_size=V), 1, dtype, card=gib * 2**30)
+            assert _Step(model, M)._scratch() == rows * row_bytes, (gib, M, V)
 
 
-def test_a_card_that_is_not_named_is_a_large_one():
+def test_default_card_is_a_large_one():
     gpt2, step = PRESETS["gpt2"], (64, 1024, torch.bfloat16)
-    assert memory(gpt2, *step).peak == memory(gpt2, *step, card=64 * SCRATCH_BYTES).peak
-    assert memory(gpt2, *step).peak == memory(gpt2, *step, card=200 * 2**30).peak
-    assert memory(gpt2, *step).peak > memory(gpt2, *step, card=24 * 2**30).peak
+    assert predict(gpt2, *step).peak == predict(gpt2, *step, card=64 * SCRATCH_BYTES).peak
+    assert predict(gpt2, *step).peak == predict(gpt2, *step, card=200 * 2**30).peak
+    assert predict(gpt2, *step).peak > predict(gpt2, *step, card=24 * 2**30).peak
 
 
-def test_dropout_on_a_gpu_costs_the_kernels_nothing_but_the_embedding_and_eager_a_byte_a_value():
+def test_dropout_masks_on_a_gpu():
     gpt2, dropped = PRESETS["gpt2"], replace(PRESETS["gpt2"], **DROPOUT)
     values = 4 * 1024 * 768
     for backend, masks in (("triton", 1), ("eager", 1 + 2 * 12)):
-        kept = [memory(config, 4, 1024, torch.bfloat16, backend).activations for config in (gpt2, dropped)]
+        kept = [predict(config, 4, 1024, torch.bfloat16, backend).activations for config in (gpt2, dropped)]
         assert kept[1] - kept[0] == masks * values
 
 
-def test_muon_works_in_bfloat16_only_where_the_model_does():
+def test_muon_scratch_is_16_bit_only_with_bfloat16():
     def scratch(dtype):
-        with_muon, with_adamw = (memory(PRESETS["gpt2"], 1, 64, dtype, optimizer=kind) for kind in ("muon", "adamw"))
+        with_muon, with_adamw = (predict(PRESETS["gpt2"], 1, 64, dtype, optimizer=kind) for kind in ("muon", "adamw"))
         return with_muon.workspace - with_adamw.workspace
 
     assert scratch(torch.bfloat16) == 0 < scratch(torch.float16)  # less than the end of the backward pass, and more
@@ -353,17 +369,17 @@ def test_largest_batch_fits_and_one_more_does_not(preset, backend):
     for card in (12 * 2**30, 80 * 2**30):
 
         def left(batch, card=card):
-            needs = memory(config, batch, config.n_positions, torch.bfloat16, backend, card=card, accumulate=True)
+            needs = predict(config, batch, config.n_positions, torch.bfloat16, backend, card=card, accumulate=True)
             return card - RESERVE - needs.peak
 
-        batch = largest_batch(config, config.n_positions, torch.bfloat16, backend, card)
+        batch = MemoryModel(config, config.n_positions, torch.bfloat16, backend).largest_batch(card)
         assert left(batch + 1) < 0
         assert batch == 0 or left(batch) >= 0
 
 
-def test_no_batch_fits_a_card_that_is_too_small():
+def test_no_batch_fits_a_small_card():
     for card in (0, RESERVE, 6 * 2**30):
-        assert largest_batch(PRESETS["gpt2-large"], 1024, torch.bfloat16, "triton", card) == 0
+        assert MemoryModel(PRESETS["gpt2-large"], *STEP).largest_batch(card) == 0
 
 
 BATCH_OPTIONS = ("batch_size", "grad_accum")
@@ -372,25 +388,34 @@ STEP = (1024, torch.bfloat16, "triton")  # context, dtype, backend
 
 def test_options_change_the_largest_batch():
     gpt2, card = PRESETS["gpt2"], 8 * 2**30
-    plain = largest_batch(gpt2, *STEP, card)
-    assert largest_batch(gpt2, *STEP, card, recompute=True) > plain > largest_batch(gpt2, *STEP, card, ema=True)
-    assert largest_batch(gpt2, *STEP, card, graph=True) < plain < largest_batch(gpt2, *STEP, card, optimizer="muon")
-    dropped = replace(gpt2, attn_pdrop=0.1), 1024, torch.float32, "eager", 24 * 2**30
-    assert largest_batch(*dropped, on_cpu=True) < largest_batch(*dropped)  # it keeps probabilities
+    plain = MemoryModel(gpt2, *STEP).largest_batch(card)
+    assert (
+        MemoryModel(gpt2, *STEP, recompute=True).largest_batch(card)
+        > plain
+        > MemoryModel(gpt2, *STEP, ema=True).largest_batch(card)
+    )
+    assert (
+        MemoryModel(gpt2, *STEP, graph=True).largest_batch(card)
+        < plain
+        < MemoryModel(gpt2, *STEP, optimizer="muon").largest_batch(card)
+    )
+    on_gpu = MemoryModel(replace(gpt2, attn_pdrop=0.1), 1024, torch.float32, "eager")
+    on_cpu = replace(on_gpu, card=0)  # saves probabilities
+    assert on_cpu.largest_batch(24 * 2**30) < on_gpu.largest_batch(24 * 2**30)
 
 
-def test_the_batch_that_fits_divides_the_step():
+def test_fitting_batch_divides_the_step():
     gpt2, card = PRESETS["gpt2"], 12 * 2**30
-    most = largest_batch(gpt2, *STEP, card)
+    most = MemoryModel(gpt2, *STEP).largest_batch(card)
     assert 16 < most < 32
-    assert fit(gpt2, 512, *STEP, card) == 16
-    assert fit(gpt2, 5, *STEP, card) == 5
-    assert fit(gpt2, 2 * most, *STEP, card) == most
-    assert fit(gpt2, 997, *STEP, card) == 1
-    assert fit(gpt2, 512, *STEP, RESERVE) == 0
+    assert MemoryModel(gpt2, *STEP).fit(512, card) == 16
+    assert MemoryModel(gpt2, *STEP).fit(5, card) == 5
+    assert MemoryModel(gpt2, *STEP).fit(2 * most, card) == most
+    assert MemoryModel(gpt2, *STEP).fit(997, card) == 1
+    assert MemoryModel(gpt2, *STEP).fit(512, RESERVE) == 0
 
 
-def test_memory_of_a_cuda_device_and_of_this_machine(monkeypatch, tmp_path):
+def test_device_bytes_of_gpu_and_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=123))
     assert device_bytes("cuda") == device_bytes(torch.device("cuda", 1)) == 123
     limit = tmp_path / "memory.max"
@@ -404,11 +429,13 @@ def test_memory_of_a_cuda_device_and_of_this_machine(monkeypatch, tmp_path):
     assert device_bytes("cpu") == 8 * 2**30
 
 
-def test_advice_names_the_largest_batch_that_should_fit_and_keeps_the_step():
+def test_advice_names_the_largest_fitting_batch():
     gpt2, card = PRESETS["gpt2"], 12 * 2**30
     expected = "use --batch-size 16 --grad-accum 32: it should fit, and a step learns from as many sequences"
-    assert advice(gpt2, 32, 512, *STEP, card) == advice(gpt2, 512, 512, *STEP, card) == expected
-    assert "--batch-size 8 --grad-accum 64:" in advice(gpt2, 16, 512, *STEP, card)  # whatever was predicted of 16
+    assert MemoryModel(gpt2, *STEP).advice(32, 512, card) == MemoryModel(gpt2, *STEP).advice(512, 512, card) == expected
+    assert "--batch-size 8 --grad-accum 64:" in MemoryModel(gpt2, *STEP).advice(
+        16, 512, card
+    )  # whatever was predicted of 16
 
 
 def test_advice_where_no_smaller_batch_fits():
@@ -416,26 +443,28 @@ def test_advice_where_no_smaller_batch_fits():
     recompute = (
         "add --recompute and use --batch-size 1 --grad-accum 512: it should fit, and a step takes about a third longer"
     )
-    assert advice(gpt2, 1, 512, *STEP, 12 * 2**30) == recompute
+    assert MemoryModel(gpt2, *STEP).advice(1, 512, 12 * 2**30) == recompute
     smaller = "no smaller --batch-size should fit: choose a smaller --context or preset"
-    assert advice(gpt2, 1, 512, *STEP, 12 * 2**30, recompute=True) == smaller
-    assert advice(large, 4, 512, *STEP, 6 * 2**30) == smaller
+    assert MemoryModel(gpt2, *STEP, recompute=True).advice(1, 512, 12 * 2**30) == smaller
+    assert MemoryModel(large, *STEP).advice(4, 512, 6 * 2**30) == smaller
     medium = PRESETS["gpt2-medium"]
     card = next(
         gib * 2**29
         for gib in range(2, 40)
-        if fit(medium, 512, *STEP, gib * 2**29, recompute=True) > fit(medium, 512, *STEP, gib * 2**29) == 0
+        if MemoryModel(medium, *STEP, recompute=True).fit(512, gib * 2**29)
+        > MemoryModel(medium, *STEP).fit(512, gib * 2**29)
+        == 0
     )
-    assert advice(medium, 8, 512, *STEP, card).startswith("add --recompute and use --batch-size ")
+    assert MemoryModel(medium, *STEP).advice(8, 512, card).startswith("add --recompute and use --batch-size ")
 
 
-def test_a_prediction_in_one_line():
-    line = describe(Memory(2**29, 1, 2**30, 3 * 2**29, 2**28, working=2**28), 22 * 2**30)
+def test_prediction_in_one_line():
+    line = Memory(2**29, 1, 2**30, 3 * 2**29, 2**28, working=2**28).describe(22 * 2**30)
     assert line == (
         "memory: 3.5 GiB predicted of 22.0 GiB: "
         "0.5 parameters, 0.2 working weights, 1.0 optimizer, 1.5 activations, 0.2 gradients and workspace"
     )
-    small = describe(Memory(2**21, 1, 2**22, 2**23, 2**20, ema=2**21), 24 * 2**30)
+    small = Memory(2**21, 1, 2**22, 2**23, 2**20, ema=2**21).describe(24 * 2**30)
     assert small.startswith("memory: 17 MiB predicted of 24.0 GiB: 2 parameters, 4 optimizer, 2 average, 8 activations")
 
 
@@ -448,13 +477,13 @@ def test_a_prediction_in_one_line():
         (24, 22.0, "triton", torch.bfloat16),
     ],
 )
-def test_presets_of_small_cards_fit_them_and_twice_the_batch_does_not(gib, found, backend, dtype):
+def test_small_card_presets_fit_and_twice_does_not(gib, found, backend, dtype):
     name, card = f"gpt2-124M-{gib}GB", int(found * 2**30)
     values = read_preset(name)
     batch, context = values["batch_size"], PRESETS[values["shape"]].n_positions
     assert batch * values["grad_accum"] == 512 == math.prod(read_preset("gpt2-124M")[key] for key in BATCH_OPTIONS)
     needed, twice = (
-        memory(PRESETS[values["shape"]], n, context, dtype, backend, card=card, accumulate=True, graph=True).peak
+        predict(PRESETS[values["shape"]], n, context, dtype, backend, card=card, accumulate=True, graph=True).peak
         for n in (batch, 2 * batch)
     )
     assert needed <= card - RESERVE < twice
@@ -462,8 +491,8 @@ def test_presets_of_small_cards_fit_them_and_twice_the_batch_does_not(gib, found
     assert f"{needed / 2**30:.1f}" == claimed[1]
 
 
-def test_what_the_comments_of_the_presets_say_of_other_batches():
+def test_preset_comments_on_other_batches_are_true():
     card, run = int(5.8 * 2**30), {"graph": True}
-    assert fit(PRESETS["gpt2"], 512, *STEP, card, **run) >= 4
-    twice = memory(PRESETS["gpt2"], 64, *STEP, card=24 * 2**30, accumulate=True, **run)
+    assert MemoryModel(PRESETS["gpt2"], *STEP, **run).fit(512, card) >= 4
+    twice = predict(PRESETS["gpt2"], 64, *STEP, card=24 * 2**30, accumulate=True, **run)
     assert f"{twice.peak / 2**30:.1f}" == "22.0"

@@ -17,20 +17,20 @@ class Prepare:
     """Encode a text file, or a folder of .txt files, into a token folder, for one run or many."""
 
     source: tyro.conf.Positional[Path]
-    """Text file, or folder of them."""
+    """Text file, or folder of text files."""
     folder: tyro.conf.Positional[Path]
-    """Token folder to make; an older one of that name is replaced."""
+    """Token folder to create; an older one of that name is replaced."""
     tokenizer: str = "gpt2"
     """char (one token per character) or gpt2 (byte-pair encoding, 50,257 tokens)."""
     val_fraction: float = 0.1
     """Share of each text for validation, 0 to 1."""
     shard_tokens: int = SHARD_TOKENS
-    """Tokens in a shard at most."""
+    """Maximum tokens in a shard."""
 
 
 @dataclass(frozen=True)
 class Show:
-    """Say what a token folder holds, after reading every shard and comparing its SHA-256."""
+    """List the content of a token folder, after comparing the SHA-256 of every shard."""
 
     folder: tyro.conf.Positional[Path]
     """Token folder, such as the data/ of a run."""
@@ -40,11 +40,7 @@ Command = Annotated[Prepare, tyro.conf.subcommand("prepare")] | Annotated[Show, 
 
 
 def main(command: Prepare | Show) -> None:
-    if isinstance(command, Prepare):
-        c = command
-        data = prepare(c.source, c.folder, c.tokenizer, val_fraction=c.val_fraction, shard_tokens=c.shard_tokens)
-    else:
-        data = verify(command.folder)
+    data = prepare(**vars(command)) if isinstance(command, Prepare) else verify(command.folder)
     print(f"{command.folder}: tokenizer {data.tokenizer.name}, {data.tokenizer.n_vocab:,} ids")
     for split in SPLITS:
         meta = data.meta[split]
@@ -53,7 +49,7 @@ def main(command: Prepare | Show) -> None:
         for path in sorted({str(Path(entry["path"]).parent) for entry in meta["shards"]} - {"."}):
             print(f"       in {path}")
     if isinstance(command, Show):
-        print("every shard has the SHA-256 that it had when it was first read")
+        print("every shard has the SHA-256 it had when it was first read")
 
 
 if __name__ == "__main__":

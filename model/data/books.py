@@ -1,9 +1,9 @@
-"""Books as they come: find the text files, decode them, take Project Gutenberg's wrapping off.
+"""Text files of a corpus: find them, decode them, strip Project Gutenberg's header and footer.
 
-    python -m model.books list [FOLDER]     # the works in FOLDER (default: Book) with chapters, characters and words
+    python -m model.data.books list [FOLDER]     # chapters, characters and words of each work in FOLDER (default: Book)
 
-A file goes through `read` (bytes -> text) and `clean` (text -> the work alone); both are streams that hold about a
-megabyte, whatever the size of the file.
+`read` (bytes -> text) and `clean` (text -> the work alone) are streams that hold about a megabyte, whatever the size of
+the file.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tyro.conf import Positional
 
 from model.cli import UserError, run
 
 _READ_BYTES = 1 << 20
-
-# Characters, from the beginning of the file or from an END line, that may be dropped at once as Project Gutenberg's
-# words. Theirs are about 1,000 before a work and 19,000 after it. It also limits the length of a line in memory.
+_TEXT_NAME = r"(?!readme\.txt)[^.].*\.txt"
+# Longest header or footer in characters; Project Gutenberg's have about 1,000 and 19,000. Also the longest line that is
+# held in memory.
 _MARGIN = 1 << 16
 _START = re.compile(r"\s*\*\*\*\s*START OF TH(?:E|IS) PROJECT GUTENBERG E(?:BOOK|TEXT)", re.IGNORECASE)
 _END = re.compile(r"\s*\*\*\*\s*END OF TH(?:E|IS) PROJECT GUTENBERG E(?:BOOK|TEXT)", re.IGNORECASE)
@@ -34,7 +34,7 @@ _END = re.compile(r"\s*\*\*\*\s*END OF TH(?:E|IS) PROJECT GUTENBERG E(?:BOOK|TEX
 def documents(source: Path) -> list[Path]:
     """The text files of a corpus: `source` itself if it is a file, else every *.txt under that folder, sorted.
 
-    In a folder, README files and whatever has a name that begins with a dot are passed over.
+    In a folder, README files and names that begin with a dot are skipped.
     """
     source = Path(source)
     if source.is_file():
@@ -42,29 +42,25 @@ def documents(source: Path) -> list[Path]:
     if not source.exists():
         raise UserError(f"no such file or folder: {source}\ngive the path of a text file, or of a folder of .txt files")
     if not source.is_dir():
-        raise UserError(f"{source} is neither a file nor a folder: save the text in a file first, it is read twice")
-    found = []
-    for folder, subfolders, files in os.walk(source, onerror=_raise):
+        raise UserError(f"{source} is neither a file nor a folder: save the text in a file first, as it is read twice")
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would skip a folder that it cannot read
+
+    paths = []
+    for folder, subfolders, names in os.walk(source, onerror=fail):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in files if _is_text_name(name)]
-    if not (found := sorted(path for path in found if path.is_file())):
+        paths += [Path(folder, name) for name in names if re.fullmatch(_TEXT_NAME, name, re.IGNORECASE)]
+    paths = sorted(path for path in paths if path.is_file())
+    if not paths:
         raise UserError(f"no .txt file in the folder {source}: put text files there, or give the path of one")
-    return found
-
-
-def _is_text_name(name: str) -> bool:
-    stem, suffix = os.path.splitext(name.lower())
-    return suffix == ".txt" and stem != "readme" and not name.startswith(".")
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would pass over a folder that it cannot read
+    return paths
 
 
 def read(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file in parts of about a million characters at most.
+    """The text of a UTF-8 file in parts of at most about a million characters.
 
-    UserError names the file where it is not text (it has a NUL byte) or not UTF-8 (with the offset of the first byte).
+    UserError names a file that is not text (it has a NUL byte) or not UTF-8 (with the offset of the first bad byte).
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0  # of `data` in the file
@@ -75,15 +71,12 @@ def read(path: Path) -> Iterator[str]:
                 raise UserError(f"{path} is UTF-16, not UTF-8\n{_iconv('UTF-16', path)}")
             if (nul := data.find(b"\0")) >= 0:
                 raise UserError(f"{path} is not a text file: it has a NUL byte at offset {offset + nul:,}")
-            pending = len(decoder.getstate()[0])  # bytes of a character that the last part cut in two
+            pending = len(decoder.getstate()[0])  # bytes of a character that the last part split
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                where = offset - pending + error.start
-                wrong = error.object[error.start]
-                raise UserError(
-                    f"{path} is not UTF-8: byte 0x{wrong:02x} at offset {where:,}\n{_iconv('WINDOWS-1252', path)}"
-                ) from None
+                where = f"byte 0x{error.object[error.start]:02x} at offset {offset - pending + error.start:,}"
+                raise UserError(f"{path} is not UTF-8: {where}\n{_iconv('WINDOWS-1252', path)}") from None
             if not data:
                 return
             offset += len(data)
@@ -97,22 +90,21 @@ def _iconv(encoding: str, path: Path) -> str:
 def clean(lines: Iterable[str]) -> Iterator[str]:
     """Text without a byte-order mark, CR line ends and Project Gutenberg's header and footer.
 
-    lines: the text in order, as lines or in any other parts. Yields lines that end with "\\n" (the last one may not;
-    a line of more than 65,536 characters may come in several parts).
+    lines: the text in any parts. Yields lines that end with "\\n" (the last one may not; one of more than 65,536
+    characters may come in several parts).
 
     The header is everything up to the line `*** START OF THE PROJECT GUTENBERG EBOOK ... ***`, if that line lies within
-    the first 65,536 characters; further down it is text. The footer begins with the line `*** END OF THE ...` and lasts
-    to the end of the text, or to the next START line where files were joined; if neither comes within 65,536
-    characters, it was no footer and it stays. Only whole lines count, so a work may speak of Project Gutenberg. Blank
-    lines next to a header or footer go with it. A text without these two lines keeps every other character.
+    the first 65,536 characters. The footer begins with the line `*** END OF THE ...` and lasts to the end of the text,
+    or to the next START line in joined files; if neither comes within 65,536 characters, it is text. Blank lines next
+    to a header or footer are part of it. A text without these two lines keeps every other character.
     """
-    outside = True  # in what may be a header or a footer: `held`, of `size` characters
+    outside = True  # inside a possible header or footer: `held`, of `size` characters
     ended = False  # `held` begins with an END line
     held: list[str] = []
     size = 0
-    blank: list[str] = []  # blank lines in a work, which are not part of it if a footer comes next
-    trim = False  # right behind a START line
-    wrapped = False  # the START line lacks its closing asterisks: a long title goes on in the next line
+    blank: list[str] = []  # blank lines in a work, dropped if a footer follows
+    trim = False  # right after a START line
+    wrapped = False  # the START line lacks its closing asterisks: a long title continues on the next line
     for line in _lines(lines):
         if wrapped:
             wrapped = False
@@ -128,12 +120,12 @@ def clean(lines: Iterable[str]) -> Iterator[str]:
             if size > _MARGIN:
                 yield from held
                 outside = False
-        elif outside:  # the END line of a work whose header is gone
+        elif outside:  # the END line of a work without a header
             while held and held[-1].isspace():
                 held.pop()
             yield from held
             ended, held, size = True, [line], len(line)
-        elif line.isspace() and max(len(line), len(blank)) < 1000:  # no run of white space may fill the memory
+        elif line.isspace() and max(len(line), len(blank)) < 1000:  # a run of white space must not fill the memory
             if not trim:
                 blank.append(line)
         elif "***" in line and _END.match(line):
@@ -150,15 +142,12 @@ def clean(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _lines(parts: Iterable[str]) -> Iterator[str]:
-    """The lines of a text that comes in any parts; line ends become "\\n", and a byte-order mark is dropped."""
+    """The lines of a text in parts; line ends become "\\n", and a byte-order mark is dropped."""
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    first = True
-    rest = ""
+    mark, rest = "\ufeff", ""
     for part in parts:
-        text = newlines.decode(part)
-        if first and text:
-            text = text.removeprefix("\ufeff")
-            first = False
+        if text := newlines.decode(part):
+            text, mark = text.removeprefix(mark), ""
         lines = io.StringIO(rest + text).readlines()
         rest = lines.pop() if lines and not lines[-1].endswith("\n") and len(lines[-1]) < _MARGIN else ""
         yield from lines
@@ -166,11 +155,9 @@ def _lines(parts: Iterable[str]) -> Iterator[str]:
         yield rest
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a file of Book/ holds, counted after `clean`."""
+class Work(NamedTuple):
+    """The counts of one file, after `clean`."""
 
-    path: Path
     chapters: int
     characters: int
     words: int
@@ -180,13 +167,10 @@ _CHAPTER = re.compile(r"\s*chapter\s+\w", re.IGNORECASE)
 
 
 def survey(path: Path) -> Work:
-    """Count the chapters, characters and words of one file.
-
-    A chapter begins with a line such as `CHAPTER IV.` after a blank line; a table of contents, which has several such
-    lines in a row, does not count.
-    """
+    """Count one file. A chapter begins with a line such as `CHAPTER IV.` after a blank line, unless several such lines
+    follow each other, as in a table of contents."""
     chapters = characters = words = 0
-    after_blank, heading = True, False  # heading: the line before this one may begin a chapter
+    after_blank, heading = True, False  # heading: the previous line may begin a chapter
     for line in clean(read(path)):
         characters += len(line)
         words += len(line.split())
@@ -194,7 +178,7 @@ def survey(path: Path) -> Work:
         chapters += heading and not is_chapter
         heading = is_chapter and after_blank
         after_blank = line.isspace()
-    return Work(path, chapters + heading, characters, words)
+    return Work(chapters + heading, characters, words)
 
 
 @dataclass(frozen=True)
@@ -207,21 +191,15 @@ class BooksConfig:
 
 
 def main(config: BooksConfig) -> None:
-    """Print one line for each work, and their sum."""
-    works = [survey(path) for path in documents(config.folder)]
-    total = Work(
-        path=config.folder,
-        chapters=sum(work.chapters for work in works),
-        characters=sum(work.characters for work in works),
-        words=sum(work.words for work in works),
-    )
+    paths = documents(config.folder)
+    works = [survey(path) for path in paths]
     root = config.folder if config.folder.is_dir() else config.folder.parent
-    names = [str(work.path.relative_to(root)) for work in works] + [f"{len(works)} in all"]
+    names = [str(path.relative_to(root)) for path in paths] + [f"{len(works)} in all"]
     width = max(map(len, names))
     print(f"{'work':{width}}  chapters   characters        words")
-    for name, work in zip(names, [*works, total], strict=True):
-        print(f"{name:{width}}  {work.chapters:8,}  {work.characters:11,}  {work.words:11,}")
+    for name, (chapters, characters, words) in zip(names, [*works, map(sum, zip(*works, strict=True))], strict=True):
+        print(f"{name:{width}}  {chapters:8,}  {characters:11,}  {words:11,}")
 
 
 if __name__ == "__main__":
-    run(main, BooksConfig, prog="python -m model.books")
+    run(main, BooksConfig, prog="python -m model.data.books")

@@ -18,11 +18,10 @@ from model.data.shards import Tokens
 def get_batch(tokens: Tokens, *, context: int, seed: int, step: int, rows: range) -> tuple[Tensor, Tensor]:
     """Random windows: idx and the tokens that follow, targets, both (len(rows), context) int64 on the CPU.
 
-    A step draws as many windows as it likes, numbered from 0; rows: which of them. The result depends on the arguments
-    alone, so step k has the same batch in every run, resumed or not, whole or cut into micro-steps and processes.
-    Each window begins at any of the len(tokens) - context places where every one of its tokens has a next one, all
-    equally likely. The generator is counter-based (Philox; Salmon et al. 2011): seed is the key (0 to 2**128 - 1), step
-    the counter.
+    rows: which of the windows of the step, numbered from 0. The result depends on the arguments alone, so step k has
+    the same batch in every run, resumed or not, whole or split into micro-steps and processes. A window starts at any
+    of the len(tokens) - context places where each of its tokens has a next one, with equal probability. The generator
+    is counter-based (Philox; Salmon et al. 2011): seed is the key (0 to 2**128 - 1), step the counter.
     """
     drawn = torch.from_numpy(_draw(tokens, context, seed, step, rows))
     return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
@@ -36,19 +35,18 @@ def _draw(tokens: Tokens, context: int, seed: int, step: int, rows: range) -> np
             f"{len(tokens):,} tokens are too few for a context of {context:,}: {context + 1:,} are needed\n"
             "give more text, or choose a smaller context"
         )
-    # random_raw and not Generator.integers: numpy promises the former to stay the same in every version
+    # random_raw, not Generator.integers: only the former is guaranteed to be the same in every version of numpy
     words = np.random.Philox(key=seed, counter=int(step) << 64).random_raw(rows.stop)  # uint64; 2**66 words per step
-    starts = words[rows.start : rows.stop : rows.step] % places  # off an even draw by places / 2**64 at most
+    starts = words[rows.start : rows.stop : rows.step] % places  # uniform to within places / 2**64
     return tokens.rows(starts.astype(np.int64), context + 1)
 
 
 class Loader:
-    """The batches of the steps from first_step on, read ahead: an iterator of idx, targets, (A, B, T) int64 each.
+    """Iterate over the batches from first_step on, read ahead: idx, targets, (A, B, T) int64 each.
 
     rows: which of the windows of a step are drawn here (see `get_batch`), A * B of them in order; B: micro_batch,
-    T: context. `readers` threads make whole steps in host memory. What they fail with is raised where that step is
-    asked for, and again as long as it is asked for. They never call CUDA: whatever another thread does there may break
-    the capture of a CUDA graph.
+    T: context. `num_workers` threads build whole steps in host memory. `next` raises the error of the step it returns,
+    again on every call. The threads never call CUDA, which could break the capture of a CUDA graph in another thread.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ class Loader:
         rows: range,
         micro_batch: int,
         device: str | torch.device,
-        readers: int = 2,
+        num_workers: int = 2,
     ) -> None:
         if len(rows) % micro_batch:
             raise ValueError(f"{len(rows)} rows are not a whole number of micro-steps of {micro_batch}")
@@ -69,10 +67,10 @@ class Loader:
         self.device = torch.device(device)
         self._shape = (2, len(rows) // micro_batch, micro_batch, context)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="loader")
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader")
         self._steps = itertools.count(first_step)
         self._ahead: deque[Future[Tensor]] = deque()
-        for _ in range(2 * readers):
+        for _ in range(2 * num_workers):
             self._read_ahead()
 
     def __iter__(self) -> Loader:
@@ -84,26 +82,26 @@ class Loader:
         self._ahead.popleft()
         self._read_ahead()
         if self._stream is not None:
-            # A stream of its own: the copy runs beside the kernels of the steps before, which are still queued.
+            # A stream of its own: the copy overlaps with the kernels of earlier steps, which are still queued.
             with torch.cuda.stream(self._stream):
                 batch = batch.to(self.device, non_blocking=True)
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
-            batch.record_stream(current)  # allocated for the other stream, which must not reuse it before this one ends
+            batch.record_stream(current)  # the stream that allocated it must not reuse it before this one is done
         return batch[0], batch[1]
 
     def close(self) -> None:
-        """Stop reading ahead; does not wait for a thread that is reading."""
+        """Stop reading ahead, without waiting for a thread that is reading."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _read_ahead(self) -> None:
-        # Pinned memory is taken from PyTorch's cache, which gives it out again only after the copy from it is done.
+        # PyTorch's cache reuses pinned memory only after the copy from it is done.
         batch = torch.empty(self._shape, dtype=torch.int64, pin_memory=self._stream is not None)
         self._ahead.append(self._pool.submit(self._read, next(self._steps), batch))
 
     def _read(self, step: int, batch: Tensor) -> Tensor:
         drawn = _draw(self.tokens, self.context, self.seed, step, self.rows)
-        # numpy copies, as torch would start threads of its own for it
+        # numpy copies: torch would start threads of its own
         idx, targets = batch.view(2, len(self.rows), self.context).numpy()
         idx[:], targets[:] = drawn[:, :-1], drawn[:, 1:]
         return batch
@@ -114,9 +112,8 @@ def windows(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`tokens` in order for evaluation: (idx, targets), int64 on the CPU, up to batch_size windows of `context`.
 
-    Without `most` every token but the first is a target exactly once. most: take at most so many windows, spread evenly
-    over the text; always the same ones, whatever the batch size. The last window is filled up with id 0 and target
-    -100, which the loss ignores; the last batch may have fewer rows.
+    Every token but the first is a target exactly once; most: only so many windows, spread evenly over the text. The
+    last window is padded with id 0 and target -100, which the loss ignores; the last batch may have fewer rows.
     """
     if len(tokens) < 2:
         raise UserError(f"{len(tokens)} tokens are too few to evaluate on: at least 2 are needed; give more text")

@@ -1,9 +1,9 @@
-"""Token shards on the disk, in the layout of llm.c and modded-nanogpt, and one row of ids over many of them.
+"""Token shards on disk, in the layout of llm.c and modded-nanogpt, and a view of many as one sequence of ids.
 
     256 little-endian int32: magic number, version, number of ids, zeros        1,024 bytes
     the ids, uint16 (magic 20240520, version 1) or uint32 (20240801, 7)         2 or 4 bytes each
 
-The numbers are those of llm.c's dev/data/data_common.py. A shard holds less than 2**31 ids.
+The magic numbers are those of llm.c's dev/data/data_common.py. A shard holds fewer than 2**31 ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_TOKENS = 2**31 - 1
 # magic number: version, type of the ids
 _KINDS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 _BLOCK_BYTES = 1 << 20
-# Each mapped file holds a descriptor, and many systems allow a process 1,024 of them.
+# A mapped file keeps a descriptor open, and many systems allow a process 1,024 of them.
 _MAX_MAPPED = 256
 
 
@@ -36,7 +36,7 @@ class BadShard(UserError):
     """A shard that cannot be used, and why."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} is a bad shard: {reason}\nput a good copy there, or leave it out: --skip-bad-shards")
+        super().__init__(f"{path} is a bad shard: {reason}\nput a good copy there, or skip it: --skip-bad-shards")
         self.path, self.reason = path, reason
 
 
@@ -51,57 +51,51 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path) -> Shard:
-        """Read the header. BadShard where the file is missing, cannot be read, or is none of ours."""
+        """Read the header. BadShard if the file is missing, cannot be read, or is not a shard."""
         try:
             with path.open("rb") as file:
                 header = file.read(HEADER_BYTES)
                 stat = os.fstat(file.fileno())
         except FileNotFoundError:
-            gone = "" if path.parent.exists() else f" (there is no folder {path.parent}: was it moved?)"
-            raise BadShard(path, f"it is missing{gone}") from None
+            moved = "" if path.parent.exists() else f" (there is no folder {path.parent}: was it moved?)"
+            raise BadShard(path, f"it is missing{moved}") from None
         except OSError as error:
             raise BadShard(path, f"it cannot be read ({error.strerror or error})") from None
+        size = stat.st_size
         if len(header) < HEADER_BYTES:
-            raise BadShard(path, f"it has {len(header):,} bytes, and the header alone takes {HEADER_BYTES:,}")
+            raise BadShard(path, f"it has {size:,} bytes, the header alone has {HEADER_BYTES:,}")
         magic, version, tokens = np.frombuffer(header, "<i4", count=3).tolist()
         if magic not in _KINDS:
-            known = " or ".join(map(str, _KINDS))
-            raise BadShard(path, f"it begins with the number {magic}, a shard with {known}")
+            raise BadShard(path, f"its magic number is {magic}, that of a shard is {' or '.join(map(str, _KINDS))}")
         known_version, dtype = _KINDS[magic]
         if version != known_version:
             raise BadShard(path, f"its header has version {version}, this project reads {known_version}")
         if tokens == 0:
             raise BadShard(path, "it is empty")
-        if stat.st_size != (expected := HEADER_BYTES + tokens * dtype.itemsize):
-            raise BadShard(
-                path, f"it has {stat.st_size:,} bytes, and its header of {tokens:,} ids asks for {expected:,}"
-            )
-        return cls(path.absolute(), tokens, dtype, (stat.st_size, stat.st_mtime_ns))
+        if size != (expected := HEADER_BYTES + tokens * dtype.itemsize):
+            raise BadShard(path, f"it has {size:,} bytes instead of {expected:,} for the {tokens:,} ids of its header")
+        return cls(path.absolute(), tokens, dtype, (size, stat.st_mtime_ns))
 
     def map(self) -> np.ndarray:
-        """(tokens,) ids, read-only; the file stays open as long as the array lives."""
+        """(tokens,) ids, read-only; the file stays open as long as the array exists."""
         with self.path.open("rb") as file:
             stat = os.fstat(file.fileno())
             if (stat.st_size, stat.st_mtime_ns) != self.size_and_time:
-                raise UserError(
-                    f"{self.path} was changed while it was in use\n"
-                    "resume the run: that compares its content with what it was"
-                )
+                advice = "resume the run: that compares its content with what it was"
+                raise UserError(f"{self.path} was changed while it was in use\n{advice}")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
-            mapped.madvise(mmap.MADV_RANDOM)  # else a page that is not in memory brings up to megabytes around it along
+            mapped.madvise(mmap.MADV_RANDOM)  # else a page fault reads up to megabytes around the page
         return np.frombuffer(mapped, self.dtype, self.tokens, HEADER_BYTES)
 
 
 def scan(path: Path, id_bytes: np.ndarray, advance: Callable[[int], None] = lambda n_bytes: None) -> dict[str, Any]:
-    """Read all of a shard: {"tokens", "bytes", "largest_id", "size", "mtime_ns", "sha256"}.
+    """Read all of a shard -> {"tokens", "bytes", "largest_id", "size", "mtime_ns", "sha256"}.
 
-    id_bytes: (vocabulary,) integers, the UTF-8 length of each id, whose sum over the shard is "bytes". "size" and
-    "sha256" are of the whole file. advance: called with the bytes read since the last call. BadShard where an id lies
-    outside the vocabulary, or the file cannot be read to its end.
+    id_bytes: (vocabulary,) integers, the UTF-8 length of each id; "bytes" is their sum. advance: called with the bytes
+    read since the last call. BadShard if an id is outside the vocabulary, or the file cannot be read to its end.
     """
     shard = Shard.open(path)
-    size, mtime_ns = shard.size_and_time  # from before the content: what is written from now on makes the time differ
     sha256 = hashlib.sha256()
     tokens = n_bytes = largest = 0
     try:
@@ -120,21 +114,17 @@ def scan(path: Path, id_bytes: np.ndarray, advance: Callable[[int], None] = lamb
         raise BadShard(path, f"it cannot be read ({error.strerror or error})") from None
     if tokens != shard.tokens:
         raise BadShard(path, "it changed while it was being read")
+    size, mtime_ns = shard.size_and_time  # from before the content was read: any later write changes the time
     return {
-        "tokens": tokens,
-        "bytes": n_bytes,
-        "largest_id": largest,
-        "size": size,
-        "mtime_ns": mtime_ns,
+        "tokens": tokens, "bytes": n_bytes, "largest_id": largest, "size": size, "mtime_ns": mtime_ns,
         "sha256": sha256.hexdigest(),
-    }
+    }  # fmt: skip
 
 
 class Writer:
-    """Writes a row of ids as the shards FOLDER/SPLIT_000000.bin, ... of at most shard_tokens ids each.
+    """Write ids as the shards FOLDER/SPLIT_000000.bin, ... of at most shard_tokens ids each.
 
-    A shard is begun when its first id comes, so no ids make no shard. Its header is written last: what a kill leaves is
-    not taken for a shard.
+    No ids make no shard. The header is written last, so a shard cut short by a kill is not a valid one.
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int) -> None:
@@ -143,7 +133,7 @@ class Writer:
         self.paths: list[Path] = []
         self._magic, (self._version, self._dtype) = next(kind for kind in _KINDS.items() if kind[1][1] == dtype)
         self._file: BinaryIO | None = None
-        self._tokens = 0  # in that file
+        self._tokens = 0  # written to that file
 
     def write(self, ids: np.ndarray) -> None:
         """ids: (n,) of any integer type."""
@@ -161,24 +151,19 @@ class Writer:
     def close(self) -> None:
         """Finish the last shard."""
         if self._file is not None:
-            header = np.zeros(HEADER_BYTES // 4, "<i4")
-            header[:3] = self._magic, self._version, self._tokens
             with self._file as file:
                 self._file = None
                 file.seek(0)
-                file.write(header.tobytes())
+                file.write(np.array([self._magic, self._version, self._tokens], "<i4").tobytes())
 
 
 class Tokens:
-    """The ids of several shards as one row, read-only, of which only what is asked for comes into memory.
-
-    Each file is mapped when an id of it is first asked for. Several threads may read at once.
-    """
+    """The ids of several shards as one read-only sequence, memory-mapped on first use. Any thread may read it."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = tuple(shards)
         self.dtype = np.result_type(np.uint16, *(shard.dtype for shard in shards))
-        self._ends = list(accumulate(shard.tokens for shard in shards))  # of each shard, in the row
+        self._ends = list(accumulate(shard.tokens for shard in shards))  # of each shard, in the sequence
         self._map = functools.lru_cache(_MAX_MAPPED)(lambda number: self.shards[number].map())
 
     def __len__(self) -> int:
@@ -188,7 +173,7 @@ class Tokens:
         """A copy of tokens[start:stop], (n,) uint16 or uint32."""
         start, stop, step = where.indices(len(self))
         if step != 1:
-            raise ValueError(f"tokens come one after the other, the step cannot be {step}")
+            raise ValueError(f"a slice of tokens must have step 1, got {step}")
         ids = np.empty(max(stop - start, 0), self.dtype)
         self._copy(start, ids)
         return ids
@@ -196,7 +181,7 @@ class Tokens:
     def rows(self, starts: np.ndarray, length: int) -> np.ndarray:
         """tokens[start : start + length] for each of `starts`, (n,) integers -> (n, length) int64.
 
-        IndexError for a row that is not wholly within the tokens.
+        IndexError for a row that is not entirely within the tokens.
         """
         if len(starts) and (starts.min() < 0 or starts.max() + length > len(self)):
             raise IndexError(f"rows of {length:,} ids at {starts.min():,} to {starts.max():,} of {len(self):,}")

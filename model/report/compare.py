@@ -1,160 +1,139 @@
-"""Runs laid over each other on one page: losses over steps, tokens and time, a table, and how their options differ."""
+"""Several runs compared on one page: losses over steps, tokens and time, a table, and their different options."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from model.cli import clock
 from model.report import charts
-from model.report.charts import NONE, Mark, num
-from model.report.history import AXES, History, clock, count
+from model.report.charts import NONE, SHAPES, Curve, Key, Mark
+from model.report.history import AXES, LARGE, History, abbreviate
+from model.report.pages import Cell, Figure, Table, cell, figure, page, table
 from model.training.flops import parameters
 
 MOST_MARKS = 60  # of a run in a chart
-_IMPLIED = ("n_positions", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # of a model: context and dropout say the same
-
-
-class Figure(NamedTuple):
-    """A chart and its caption. by_axis: its drawings over steps, tokens and time."""
-
-    title: str
-    by_axis: list[tuple[str, list[Markup]]]
-
-
-class Row(NamedTuple):
-    """A run in the table."""
-
-    name: str
-    cells: list[str]
-    is_best: bool
+_IMPLIED = ("n_positions", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # by the context and the dropout of the run
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """What different runs are called side by side: the end of their paths, as long as tells them apart."""
+    """Names of different runs: the shortest ends of their paths that are unique."""
     parts = [folder.resolve().parts for folder in folders]
-    for n in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-n:]) for part in parts]
-        if len(set(found)) == len(found):
-            break
-    return found
+    ends = (["/".join(part[-n:]) for part in parts] for n in count(1))
+    return next(names for names in ends if len(set(names)) == len(names))
 
 
-def _kind(i: int) -> str:
-    """The classes of the i-th run: its colour, and its dashes, as nothing is told by colour alone."""
-    return f"run{i % 5} dash{i % 4}"
+def _key(i: int, run: History) -> Key:
+    """Colour, dashes and symbol of the i-th run: colour alone would not do for all readers."""
+    return Key(run.name, SHAPES[i % 5], f"mark run{i % 5}", f"run{i % 5} dash{i % 4}")
 
 
-def _key(i: int, name: str) -> Markup:
-    """The line and the symbol of the i-th run."""
-    canvas = charts.Canvas(name, "its line and its symbol", 34, "key")
-    canvas.curve([(1, 7), (33, 7)], f"curve {_kind(i)}")
-    canvas.dot(charts.SHAPES[i % 5], 17, 7, f"mark run{i % 5}")
-    return Markup(canvas.done(14))
+def _name(i: int, run: History) -> Markup:
+    canvas = charts.Canvas(run.name, "its line and its symbol", 34, "key")
+    canvas.key(_key(i, run), 1, 7)
+    return Markup(canvas.done(14)) + run.name
 
 
 def _figures(runs: list[History]) -> list[Figure]:
-    made = [
-        _over(runs, "Validation loss, nats per token", "val_loss", wide=True),
-        _over(runs, "Training loss, smoothed", "loss", wide=True),
-        _over(runs, "Validation loss, second half", "val_loss", half=True),
-        _over(runs, "Learning rate", "lr"),
-        _over(runs, "Tokens per second", "tok_per_s"),
+    figures = [
+        _by_axis(runs, "Validation loss, nats per token", "val_loss", wide=True),
+        _by_axis(runs, "Training loss, smoothed", "loss", wide=True),
+        _by_axis(runs, "Validation loss, second half", "val_loss", half=True),
+        _by_axis(runs, "Learning rate", "lr", zero=True),
+        _by_axis(runs, "Tokens per second", "tok_per_s", zero=True),
     ]
-    return [figure for figure in made if figure.by_axis]
+    return [figure for figure in figures if figure.svg]
 
 
-def _over(runs: list[History], title: str, name: str, *, wide: bool = False, half: bool = False) -> Figure:
-    """A column of all runs over each axis. half: only the later half of the longest."""
-    by_axis = []
+def _by_axis(runs: list[History], title: str, name: str, *, half: bool = False, **more: Any) -> Figure:
+    """A column of all runs, drawn over each axis; the page shows one. half: the later half of the longest run."""
+    drawings = []
     for axis in AXES:
-        label, unit = _axis(axis, max(of.most(axis) or 0.0 for of in runs))
-        drawn = [
-            of.curve(name, f"curve {_kind(i)}", axis, unit=unit, smooth=name == "loss") for i, of in enumerate(runs)
-        ]
+        drawn, style = over(runs, name, axis)
         since = max((c.x[-1] for c in drawn if len(c.x)), default=0.0) / 2 if half else 0.0
-        zero = name in ("lr", "tok_per_s")
-        marks = _marks(runs, name, axis, unit) if name == "val_loss" else []
-        if drawings := charts.drawings(title, drawn, x_label=label, marks=marks, since=since, wide=wide, zero=zero):
-            by_axis.append((axis, drawings))
-    return Figure(title, by_axis)
+        if svg := figure(title, drawn, since=since, **style, **more).svg:
+            drawings.append(Markup('<div class="over over-{}">{}</div>').format(axis, svg))
+    return Figure(title, Markup("").join(drawings), wide="wide" in more)
 
 
-def _marks(runs: list[History], name: str, axis: str, unit: float) -> list[Mark]:
-    marks = []
-    for i, of in enumerate(runs):
-        for row in of.thinned(name, MOST_MARKS, axis):
-            x, y = float(of.columns[axis][row]) / unit, float(of.columns[name][row])
-            marks.append(
-                Mark(x, y, charts.SHAPES[i % 5], f"mark run{i % 5}", f"{of.name}: {of.describe(row, name)}", 3.0)
-            )
-    return marks
+def over(runs: list[History], name: str, axis: str = "step") -> tuple[list[Curve], dict[str, Any]]:
+    """A column of all runs over an axis: arguments of `charts.curves`."""
+    label, unit = _axis(axis, max(run.most(axis) or 0.0 for run in runs))
+    drawn, marks = [], []
+    for i, run in enumerate(runs):
+        key = _key(i, run)
+        drawn.append(run.curve(name, f"curve {key.curve}", axis, unit=unit, smooth=name == "loss"))
+        for row in run.thinned(name, MOST_MARKS, axis) if name == "val_loss" else ():
+            x, y = float(run.columns[axis][row]) / unit, float(run.columns[name][row])
+            marks.append(Mark(x, y, key.shape, key.kind, f"{run.name}: {run.describe(row, name)}", 3.0))
+    return drawn, {"x_label": label, "marks": marks}
 
 
 def _axis(name: str, most: float) -> tuple[str, float]:
-    """What stands under an axis that goes to `most`, and what its values are divided by."""
+    """The label and the unit of an axis up to `most`."""
     if name == "step":
         return "steps", 1.0
     if name == "tokens":
-        return next(((f"{w} tokens", s) for s, w in ((1e9, "billion"), (1e6, "million")) if most >= s), ("tokens", 1.0))
+        return next(((f"{word} tokens", size) for word, size in LARGE.items() if most >= size), ("tokens", 1.0))
     units = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
     return next((f"{word} of training", size) for size, word in units if most >= 2 * size or size == 1.0)
 
 
-def _table(runs: list[History]) -> tuple[list[str], list[Row]]:
-    """Head and rows, without the columns in which nothing stands."""
-    head = ["best validation loss", "of step", "last validation loss", "training loss, smoothed", "steps", "tokens"]
-    head += ["tokens/s, median", "time", "peak MiB", "parameters"]
-    rows = [_cells(of) for of in runs]
-    keep = [i for i in range(len(head)) if any(cells[i] != NONE for cells in rows)]
-    lowest = min((of.best[1] for of in runs if of.best), default=math.nan)
-    made = [
-        Row(of.name, [cells[i] for i in keep], of.best is not None and of.best[1] == lowest)
-        for of, cells in zip(runs, rows, strict=True)
-    ]
-    return [head[i] for i in keep], made
+def _results(runs: list[History]) -> Table:
+    """The results of each run; the lowest validation loss is marked."""
+    lowest = min((run.best[1] for run in runs if run.best), default=math.nan)
+    loss, integer = "{:.4f}".format, "{:,.0f}".format
+    rows = []
+    for i, run in enumerate(runs):
+        losses, rates = run.values("loss"), run.values("tok_per_s")
+        step, best = run.best or (None, None)
+        mark, tip = ("win", "the lowest of all") if best == lowest else ("", "")
+        rows.append({
+            "run": Cell(_name(i, run)),
+            "best validation loss": replace(cell(best, loss), mark=mark, tip=tip),
+            "of step": cell(step, integer),
+            "last validation loss": cell(run.last("val_loss"), loss),
+            "training loss, smoothed": cell(charts.smooth(losses, run.reach)[-1] if len(losses) else None, loss),
+            "steps": Cell(f"{run.done:,}" + (f" of {run.steps:,}" if run.done < run.steps else ""), run.done),
+            "tokens": cell(run.last("tokens"), abbreviate),
+            "tokens/s, median": cell(float(np.median(rates)) if len(rates) else None),
+            "time": cell(run.last("elapsed_s"), clock),
+            "peak MiB": cell(run.most("peak_mib"), integer),
+            "parameters": cell(parameters(run.model), integer),
+        })  # fmt: skip
+    return table("Runs", {head: [row[head] for row in rows] for head in rows[0]})
 
 
-def _cells(of: History) -> list[str]:
-    loss, rates = of.values("loss"), of.values("tok_per_s")
-    val, tokens, elapsed, peak = of.last("val_loss"), of.last("tokens"), of.last("elapsed_s"), of.most("peak_mib")
-    return [
-        f"{of.best[1]:.4f}" if of.best else NONE,
-        f"{of.best[0]:,}" if of.best else NONE,
-        NONE if val is None else f"{val:.4f}",
-        f"{charts.smooth(loss, of.reach)[-1]:.4f}" if len(loss) else NONE,
-        f"{of.done:,}" if of.done >= of.steps else f"{of.done:,} of {of.steps:,}",
-        NONE if tokens is None else count(tokens),
-        num(float(np.median(rates))) if len(rates) else NONE,
-        NONE if elapsed is None else clock(elapsed),
-        NONE if peak is None else f"{peak:,.0f}",
-        f"{parameters(of.model):,}",
-    ]
-
-
-def _differences(runs: list[History]) -> list[tuple[str, list[str]]]:
-    """Options, and facts of the model, in which the runs differ: (name, a value a run)."""
-    each = [{**{k: v for k, v in of.model.to_dict().items() if k not in _IMPLIED}, **of.options} for of in runs]
-    every = dict.fromkeys(name for values in each for name in values)
-    found = [(name, [str(values.get(name, NONE)) for values in each]) for name in every]
-    return [(name, values) for name, values in found if len(set(values)) > 1]
+def _differences(runs: list[History]) -> Table:
+    """Options of the run and of the model in which the runs differ."""
+    each = [{**{k: v for k, v in run.model.to_dict().items() if k not in _IMPLIED}, **run.options} for run in runs]
+    rows = []
+    for name in dict.fromkeys(name for values in each for name in values):
+        row = [str(values.get(name, NONE)) for values in each]
+        if len(set(row)) > 1:
+            rows.append(tuple(Cell(text) for text in (name, *row)))
+    return Table("Different options", ["option", *(run.name for run in runs)], rows, len(runs) + 1)
 
 
 def html(runs: list[History]) -> str:
-    """The page; runs in the order in which they are shown, with names that tell them apart."""
-    head, rows = _table(runs)
-    return charts.page(
-        Path(__file__).with_name("compare.html.jinja"),
-        axes=AXES,
-        keys=[_key(i, of.name) for i, of in enumerate(runs)],
-        figures=_figures(runs),
-        head=head,
-        rows=rows,
-        differences=_differences(runs),
-        folders=" ".join(shlex.quote(str(of.folder)) for of in runs),
-    )
+    """The page; runs in display order, with unique names."""
+    return page(
+        Path(__file__).with_name("compare.html.jinja"), axes=AXES, names=[_name(i, run) for i, run in enumerate(runs)],
+        figures=_figures(runs), results=_results(runs), differences=_differences(runs),
+        folders=" ".join(shlex.quote(str(run.folder)) for run in runs),
+    )  # fmt: skip
+
+
+def svg(runs: list[History]) -> str:
+    """The validation losses as an SVG file; empty if there are none."""
+    drawn, style = over(runs, "val_loss")
+    keys = [_key(i, run) for i, run in enumerate(runs)]
+    return charts.curves("Validation loss, nats per token", drawn, keys=keys, width=charts.PICTURE, **style)

@@ -1,10 +1,4 @@
-"""What a run wrote down, read for those who show it: rows, samples, options.
-
-    history = read(Path("runs/tiny"))
-    history.columns["loss"][history.rows("loss")]  # (n,) float64, in the order of the steps
-
-A line that cannot be read, such as one that a crash has cut in two, is left out and counted.
-"""
+"""The metrics, samples and options that a run has written. A line that a crash has cut is skipped and counted."""
 
 from __future__ import annotations
 
@@ -19,28 +13,28 @@ from typing import Any
 
 import numpy as np
 
-from model.cli import UserError
+from model.cli import UserError, clock
 from model.config import GPTConfig
 from model.report import charts
 from model.report.charts import Curve, num
 from model.training.run_folder import CONFIG, METRICS, SAMPLES
 
-# skipped (steps left out) and elapsed_s are counted from the beginning of the run
+# skipped (steps) and elapsed_s are counted from the beginning of the run
 COLUMNS = (
     "step", "tokens", "loss", "val_loss", "lr", "grad_norm", "step_ms", "tok_per_s", "mfu", "peak_mib", "skipped",
     "elapsed_s",
 )  # fmt: skip
 AXES = {"step": "steps", "tokens": "tokens", "elapsed_s": "time"}
-_LARGEST, _SMALLEST = 1e30, 1e-30  # what lies beyond is no measurement or nothing, and no chart could hold it
+LARGE = {"billion": 1e9, "million": 1e6}
+_LARGEST, _SMALLEST = 1e30, 1e-30  # magnitudes beyond are invalid, or count as 0: a chart could not hold them
 
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """What the folder of a run holds.
+    """The content of a run folder.
 
-    name: what it is called on a page. options, model: of config.json. columns: name -> (rows,) float64, NaN where a
-    value was not measured or is no number; steps in order. damaged: lines that could not be read. samples: (step, text)
-    as they were written. last_row: when the last row was written, in seconds since 1970.
+    columns: name -> (rows,) float64, ordered by step, NaN for missing values. damaged: number of unreadable lines.
+    samples: (step, text), in the order written. last_row: when the last row was written, seconds since 1970.
     """
 
     folder: Path
@@ -57,7 +51,7 @@ class History:
 
     @property
     def steps(self) -> int:
-        """Steps that the run is to have."""
+        """The number of steps the run will have."""
         return self.options["steps"]
 
     @property
@@ -66,24 +60,24 @@ class History:
 
     def rows(self, name: str, x: str = "step") -> np.ndarray:
         """Indices of the rows that have both values, in the order of x."""
-        found = np.flatnonzero(np.isfinite(self.columns[name]) & np.isfinite(self.columns[x]))
-        return found[np.argsort(self.columns[x][found], kind="stable")]
+        rows = np.flatnonzero(np.isfinite(self.columns[name]) & np.isfinite(self.columns[x]))
+        return rows[np.argsort(self.columns[x][rows], kind="stable")]
 
     def values(self, name: str) -> np.ndarray:
-        """The values of a column that are there, in the order of the steps."""
+        """The values of a column without the missing ones, ordered by step."""
         return self.columns[name][self.rows(name)]
 
     def last(self, name: str) -> float | None:
-        return float(found[-1]) if len(found := self.values(name)) else None
+        return float(values[-1]) if len(values := self.values(name)) else None
 
     def most(self, name: str) -> float | None:
-        return float(found.max()) if len(found := self.values(name)) else None
+        return float(values.max()) if len(values := self.values(name)) else None
 
     @cached_property
     def best_row(self) -> int | None:
         """The row of the lowest validation loss, the first of equals."""
-        found = self.rows("val_loss")
-        return int(found[self.columns["val_loss"][found].argmin()]) if len(found) else None
+        rows = self.rows("val_loss")
+        return int(rows[self.columns["val_loss"][rows].argmin()]) if len(rows) else None
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -93,54 +87,48 @@ class History:
 
     @property
     def reach(self) -> int:
-        """Neighbours on either side over which the loss is smoothed: the fiftieth part of the curve in all."""
+        """Neighbours on either side that smoothing averages over: in all a fiftieth of the curve."""
         return min(len(self.rows("loss")) // 100, 500)
 
     def thinned(self, name: str, most: int, x: str = "step") -> list[int]:
-        """At most so many of the rows with both values, spread evenly, the last of them always."""
-        found = self.rows(name, x)
-        return found[np.unique(np.linspace(len(found) - 1, 0, min(most, len(found))).round().astype(int))].tolist()
+        """At most `most` of the rows with both values, evenly spread and including the last."""
+        rows = self.rows(name, x)
+        return rows[np.unique(np.linspace(len(rows) - 1, 0, min(most, len(rows))).round().astype(int))].tolist()
 
     def curve(self, name: str, kind: str, x: str = "step", *, unit: float = 1.0, smooth: bool = False) -> Curve:
-        """One column over another, which is divided by `unit`. Of a gradient norm what a logarithm has a place for."""
-        found = self.rows(name, x)
+        """One column over another, which is divided by `unit`; gradient norms of 0 are skipped."""
+        rows = self.rows(name, x)
         if name == "grad_norm":
-            found = found[self.columns[name][found] > 0]
-        y = self.columns[name][found]
-        return Curve(self.columns[x][found] / unit, charts.smooth(y, self.reach) if smooth else y, kind, self.name)
+            rows = rows[self.columns[name][rows] > 0]
+        y = self.columns[name][rows]
+        return Curve(self.columns[x][rows] / unit, charts.smooth(y, self.reach) if smooth else y, kind, self.name)
 
     def describe(self, row: int, *names: str) -> str:
-        """What stands in a row: ``step 1,200, 1.23 million tokens, 12:30, loss 3.2110``."""
+        """The values of a row: ``step 1,200, 1.23 million tokens, 12:30, loss 3.2110``."""
         at = {name: float(self.columns[name][row]) for name in (*AXES, *names)}
         return ", ".join(_WORDS[name](value) for name, value in at.items() if math.isfinite(value))
 
 
 _WORDS = {
-    "step": lambda v: f"step {v:,.0f}", "tokens": lambda v: f"{count(v)} tokens", "elapsed_s": lambda v: clock(v),
+    "step": lambda v: f"step {v:,.0f}", "tokens": lambda v: f"{abbreviate(v)} tokens", "elapsed_s": lambda v: clock(v),
     "loss": lambda v: f"loss {v:.4f}", "val_loss": lambda v: f"validation loss {v:.4f}",
     "lr": lambda v: f"learning rate {v:.3g}", "grad_norm": lambda v: f"gradient norm {num(v)}",
     "tok_per_s": lambda v: f"{num(v)} tokens/s", "peak_mib": lambda v: f"{num(v)} MiB",
 }  # fmt: skip
 
 
-def clock(seconds: float) -> str:
-    """m:ss or h:mm:ss"""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+def abbreviate(value: float) -> str:
+    """``12.3 million``; below a million, all digits."""
+    word, size = next(((w, s) for w, s in LARGE.items() if value >= s), ("", 1.0))
+    return f"{num(value / size)} {word}" if word else f"{value:,.0f}"
 
 
-def count(value: float) -> str:
-    """A large number in few characters: ``12.3 million``."""
-    size, word = next(((s, w) for s, w in ((1e9, " billion"), (1e6, " million")) if value >= s), (1.0, ""))
-    return f"{num(value / size) if word else f'{value:,.0f}'}{word}"
-
-
-def steps(n: float) -> str:
-    return f"{n:,.0f} step{'s' if n != 1 else ''}"
+def plural(n: float, word: str) -> str:
+    return f"{n:,.0f} {word}{'s' if n != 1 else ''}"
 
 
 def read(folder: Path, name: str | None = None) -> History:
-    """Raises UserError where there is no run, where its configuration is damaged, and where it has no metrics."""
+    """Read a run folder. Raises UserError where there is no run, its configuration is damaged, or it has no metrics."""
     path = folder / CONFIG
     try:
         content = json.loads(path.read_bytes())
@@ -155,19 +143,16 @@ def read(folder: Path, name: str | None = None) -> History:
     if not path.exists():
         raise UserError(f"{folder} has no {METRICS}: did the run begin?")
     columns, damaged = _columns(path)
-    samples = [
-        (int(row["step"]), row["text"])
-        for row in _lines(folder / SAMPLES)
-        if row is not None and isinstance(row.get("text"), str) and _number(row.get("step")) >= 0
-    ]
+    rows = [row for row in _lines(folder / SAMPLES) if row and _number(row.get("step")) >= 0]
+    samples = [(int(row["step"]), row["text"]) for row in rows if isinstance(row.get("text"), str)]
     last_row = path.stat().st_mtime
     return History(folder, name or folder.resolve().name, options, model, columns, damaged, samples, last_row)
 
 
 def _columns(path: Path) -> tuple[dict[str, np.ndarray], int]:
-    """The rows of metrics.jsonl by column, and the number of lines that are none.
+    """The rows of metrics.jsonl by column, and the number of damaged lines.
 
-    A row after which the steps begin again at a lower one belongs to a past that was given up, and is left out.
+    A row that a later one with a lower step supersedes, as after a resume from an earlier checkpoint, is skipped.
     """
     values, damaged = array("d"), 0
     for row in _lines(path):
@@ -182,7 +167,7 @@ def _columns(path: Path) -> tuple[dict[str, np.ndarray], int]:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The rows of a JSONL file, None for a line that is none; nothing where there is no file."""
+    """The rows of a JSONL file, None for a damaged line; nothing if there is no file."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -1,61 +1,60 @@
-"""What a run shows while it goes: a line, metrics.jsonl, samples.jsonl, report.html, and TensorBoard if asked for."""
+"""What a run shows while it trains: a line, metrics.jsonl, samples.jsonl, report.html, and TensorBoard if asked for."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.cli import LiveLine, UserError
+from model.cli import LiveLine, UserError, clock
 from model.config import GPTConfig
-from model.report import page as report
-from model.report.history import clock
 from model.training import run_folder
 from model.training.flops import mfu, peak_flops
+from model.training.options import TrainConfig
+from model.training.parallel import World
 
-MEASURED = ("loss", "val_loss", "lr", "grad_norm", "step_ms", "tok_per_s", "mfu", "peak_mib", "skipped")
+COLUMNS = ("loss", "val_loss", "lr", "grad_norm", "step_ms", "tok_per_s", "mfu", "peak_mib", "skipped")
 
 
 class Log:
-    """One for each call of the trainer, on the process that writes. A context manager."""
+    """The log of one invocation of the trainer; a context manager. Only rank 0 writes files."""
 
     def __init__(
         self,
         folder: Path,
+        cfg: TrainConfig,
+        config: GPTConfig,
+        world: World,
         *,
-        steps: int,
+        sequences: int,
         done: int,
-        tokens_per_step: int,
-        model: GPTConfig,
-        context: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        n_devices: int = 1,
-        elapsed_s: float = 0.0,
-        tensorboard: bool = False,
+        elapsed_s: float,
+        publish: Callable[[Path], object],
     ) -> None:
-        """steps: of the run in all; done: before this call, in elapsed_s seconds."""
-        self.folder, self.steps, self.tokens_per_step = folder, steps, tokens_per_step
-        self.model, self.context, self.device = model, context, device
-        one = peak_flops(device, dtype)
-        self.peak_flops = one * n_devices if one else None
+        """sequences: of a step. done: steps before this invocation, in elapsed_s seconds. publish: writes the page."""
+        self.folder, self.config, self.context, self.steps = folder, config, cfg.context, cfg.steps
+        self.device, self.is_writer = world.device, world.rank == 0
+        self.tokens_per_step = sequences * cfg.context
+        per_device = peak_flops(world.device, cfg.torch_dtype)
+        self.peak_flops = per_device * world.size if per_device else None
         self.val_loss: float | None = None
         self.start = time.perf_counter() - elapsed_s
-        self.page_written, self.page_s = 0.0, 0.0
+        self.publish_page, self.page_written, self.page_s = publish, 0.0, 0.0
         self.line = LiveLine()
-        self.tensorboard = _tensorboard(folder) if tensorboard else None
+        self.tensorboard = _tensorboard(folder) if cfg.tensorboard and self.is_writer else None
         self.restart_clock(done)
 
     def __enter__(self) -> Log:
-        self.metrics = (self.folder / run_folder.METRICS).open(
-            "a", encoding="utf-8", buffering=1
-        )  # a row is written at once
+        # line-buffered: a row is written at once
+        self.metrics = self._path(run_folder.METRICS).open("a", encoding="utf-8", buffering=1)
         self.line.__enter__()
         return self
 
@@ -64,22 +63,25 @@ class Log:
         self.metrics.close()
         if self.tensorboard:
             self.tensorboard.close()
-        if run_folder.has_begun(self.folder):
+        if self.is_writer and run_folder.has_begun(self.folder):
             self._write_page()
 
+    def _path(self, name: str) -> Path:
+        return self.folder / name if self.is_writer else Path(os.devnull)
+
     def restart_clock(self, step: int) -> None:
-        """Time steps from here: what lies between this call and the one before is no part of them."""
+        """Time steps from here; the time since the last logged step is not part of any."""
         self.clock_step, self.clock = step, time.perf_counter()
 
     def elapsed_s(self) -> float:
-        """Seconds of training, over all calls of the run."""
+        """Seconds of training, over all invocations of the run."""
         return time.perf_counter() - self.start
 
     def training(self, step: int, *, loss: float, grad_norm: float, lr: float, skipped: int) -> None:
-        """skipped: steps of the run that were left out so far."""
+        """Log a step. skipped: steps of the run that were skipped so far."""
         step_s = (time.perf_counter() - self.clock) / (step - self.clock_step)
         tok_per_s = self.tokens_per_step / step_s
-        share = mfu(tok_per_s, self.model, self.context, self.peak_flops) if self.peak_flops else None
+        share = mfu(tok_per_s, self.config, self.context, self.peak_flops) if self.peak_flops else None
         self._write(
             step,
             loss=loss,
@@ -98,7 +100,7 @@ class Log:
         if skipped:
             speed.append(f"skipped {skipped}")
         eta = f"eta {clock(step_s * (self.steps - step))}"
-        if self.line.is_live:  # in the order of interest, as a narrow terminal leaves out the end
+        if self.line.is_live:  # most interesting first: a narrow terminal cuts the end
             val = [] if self.val_loss is None else [f"val {self.val_loss:.4f}"]
             self.line.update(" | ".join([*head, *val, f"elapsed {clock(self.elapsed_s())}", eta, *speed]))
         else:
@@ -110,27 +112,27 @@ class Log:
         self.line.print(f"step {step:05d}/{self.steps:05d} | validation loss {val_loss:.4f}{' *' * is_best}")
 
     def sample(self, step: int, text: str) -> None:
-        with (self.folder / run_folder.SAMPLES).open("a", encoding="utf-8") as file:
+        with self._path(run_folder.SAMPLES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}) + "\n")
         if self.tensorboard:
             self.tensorboard.add_text("sample", text, step)
 
     def publish(self) -> None:
-        """Bring report.html up to date, unless that would take more than a twentieth of the time."""
-        if time.perf_counter() - self.page_written > 20 * self.page_s:
+        """Update report.html, unless that would take more than a twentieth of the time."""
+        if self.is_writer and time.perf_counter() - self.page_written > 20 * self.page_s:
             self._write_page()
 
     def _write_page(self) -> None:
         start = time.perf_counter()
-        with contextlib.suppress(OSError, UserError):  # training does not end for want of a page
-            report.write(self.folder)
+        with contextlib.suppress(OSError, UserError):  # a page that cannot be written does not stop training
+            self.publish_page(self.folder)
         self.page_written = time.perf_counter()
         self.page_s = self.page_written - start
 
     def _write(self, step: int, **values: float | None) -> None:
-        # JSON has no infinity, which the norm of a float16 step that was left out may be.
+        # JSON has no infinity, which the norm of a skipped float16 step may be.
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        row = {"step": step, "tokens": step * self.tokens_per_step, **dict.fromkeys(MEASURED), **finite}
+        row = {"step": step, "tokens": step * self.tokens_per_step, **dict.fromkeys(COLUMNS), **finite}
         self.metrics.write(json.dumps({**row, "elapsed_s": self.elapsed_s()}) + "\n")
         if self.tensorboard:
             for name, value in finite.items():
@@ -138,7 +140,7 @@ class Log:
 
 
 def _peak_mib(device: torch.device) -> float | None:
-    """The most memory that was in use so far: of the GPU, by torch; of this process, on a CPU."""
+    """Peak memory so far: of the GPU, allocated by torch; on a CPU, of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -153,7 +155,5 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError(
-            "--tensorboard needs the tensorboard package: pip install tensorboard, or leave it out"
-        ) from None
+        raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard, or omit it") from None
     return SummaryWriter(folder / "tensorboard")  # type: ignore[no-untyped-call]

@@ -10,18 +10,18 @@ Muon (Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 
     m = mu * m + (1 - mu) * g                  u = mu * m + (1 - mu) * g                    (Nesterov)
     w = w - lr * (weight_decay * w + 0.2 * sqrt(max(R, C)) * orthogonalize(u))
 
-The factor gives an update the size that AdamW's have (Liu et al., "Muon is scalable for LLM training", 2025, section
-2.2), so the two take the same learning rate and weight decay.
+The factor gives its updates the size of AdamW's (Liu et al., "Muon is scalable for LLM training", 2025, section 2.2):
+both use the same learning rate and weight decay.
 
-All optimizers here follow one protocol, that of PyTorch's fused ones, and the host never waits for the device:
+All optimizers here follow the protocol of PyTorch's fused ones, and the host never waits for the device:
 
     group["lr"]               () float32 on the device, one tensor for all groups of all optimizers: see `set_lr`
     optimizer.grad_scale      () float32 on the device: gradients are divided by it (unscaling and clipping in one)
-    optimizer.found_inf       () float32 on the device: where it holds 1.0, parameters and state stay as they are
+    optimizer.found_inf       () float32 on the device: 1.0 skips the update of parameters and state
 
-The last two may be missing, or None. After a step p.grad holds nothing of use: AdamW writes the divided gradient back
-(PyTorch does, and leaves it alone where found_inf is 1.0), Muon keeps u there. State exists from the beginning, so a
-step can be captured in a CUDA graph, and a checkpoint loaded, before the first.
+The last two may be missing, or None. A step overwrites p.grad: AdamW with the divided gradient, as PyTorch does, Muon
+with u. State exists from the beginning, so that a step can be captured in a CUDA graph, and a checkpoint loaded, before
+the first.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ import torch
 from torch import Tensor, nn
 
 from model.cli import UserError
+from model.training import parallel
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 EPS = 1e-7  # least norm that a matrix is divided by
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: the steepest slope at 0 that still ends near 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024: maximal slope at 0 that still converges near 1
 NEWTON_SCHULZ_STEPS = 5
 
 
@@ -48,9 +49,9 @@ def build(
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of all parameters of a GPT that are not frozen; the learning rate is 0 until `set_lr`.
 
-    adamw: one AdamW. muon: Muon for the matrices of the blocks (c_attn as its three: queries, keys, values), AdamW for
-    embeddings, biases and LayerNorm. Parameters may be DTensors, already sharded, for AdamW; for Muon that is a
-    UserError, as a shard of a matrix cannot be orthogonalised.
+    adamw: one AdamW. muon: Muon for the matrices of the blocks (c_attn as three: queries, keys, values), AdamW for
+    embeddings, biases and LayerNorm. AdamW takes sharded DTensors; for Muon they are a UserError, because a shard
+    of a matrix cannot be orthogonalised.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     lr = torch.zeros((), device=next(iter(trained.values())).device)
@@ -67,13 +68,13 @@ def build(
 
 
 def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """`build`'s AdamW for all parameters, with its learning rate set."""
+    """The AdamW of `build`, with its learning rate set."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return _adamw(parameters, torch.tensor(lr, device=parameters[0].device), betas, weight_decay)
 
 
 def set_lr(optimizers: Sequence[torch.optim.Optimizer], lr: float) -> None:
-    """Fill the tensor that all optimizers of one `build` share. The host does not wait."""
+    """Fill the tensor that all optimizers of one `build` share. No host sync."""
     optimizers[0].param_groups[0]["lr"].fill_(lr)
 
 
@@ -96,18 +97,18 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[st
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised: every direction of a matrix learns at about the same speed.
+    """Momentum with an orthogonalised update, so that every direction of a matrix learns at about the same speed.
 
-    Matrices of one shape are stacked and go through one batched iteration, in bfloat16 where the GPU computes in it
-    and in float32 elsewhere. A group's `parts` says into how many matrices, one below the other, its tensors are cut.
-    A step needs scratch for three such stacks, and two of their products x x'.
+    Matrices of one shape are stacked for one batched iteration, in bfloat16 on GPUs that compute in it and in float32
+    elsewhere. A group's `parts` is the number of matrices, one below the other, that its tensors consist of. A step
+    needs scratch for three such stacks, and two of their products x x'.
     """
 
     def __init__(self, params: Any, *, lr: Tensor, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
         parameters = [p for group in self.param_groups for p in group["params"]]
-        if any(_is_sharded(p) for p in parameters):
-            raise UserError("--optimizer muon works on whole matrices, and FSDP cuts them into shards: use DDP")
+        if any(parallel.mesh_of(p) for p in parameters):
+            raise UserError("--optimizer muon works on whole matrices, and FSDP shards them: use DDP")
         for p in parameters:
             self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
         on_gpu = lr.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -131,7 +132,7 @@ class Muon(torch.optim.Optimizer):
         if (scale := getattr(self, "grad_scale", None)) is not None:
             torch._foreach_div_(grads, scale)
         if (found_inf := getattr(self, "found_inf", None)) is not None:
-            # A step that is left out sees its own momentum, which that leaves as it is, and learns at rate 0.
+            # A skipped step averages the momentum with itself, which changes nothing, and learns at rate 0.
             for grad, buffer in zip(grads, buffers, strict=True):
                 torch.where(found_inf > 0, buffer, grad, out=grad)
             lr = lr * (1 - found_inf)
@@ -151,13 +152,13 @@ def orthogonalize(x: Tensor) -> Tensor:
 
         x = a x + (b A + c A A) x,  A = x x'        starting from x / |x|, Frobenius norm
 
-    It takes singular values from 0.002 of the norm up into [0.68, 1.21], which is as good as 1 here, and needs nothing
-    but matrix products. A matrix of zeros stays one.
+    Maps singular values from 0.002 of the norm up into [0.68, 1.21], which is close enough to 1, by matrix products
+    alone. A zero matrix stays zero.
     """
     a, b, c = NEWTON_SCHULZ
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=EPS)
     is_tall = x.shape[1] > x.shape[2]
-    x = x.mT if is_tall else x  # the shorter side first: A is small
+    x = x.mT if is_tall else x  # the shorter side first, so that A is small
     for _ in range(NEWTON_SCHULZ_STEPS):
         A = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
@@ -182,8 +183,8 @@ def lr_at(
     wsd        lr, and in the last `cooldown_steps` down to min_lr as 1 - sqrt (Hägele et al., "Scaling laws and
                compute-optimal training beyond fixed training durations", 2024)
 
-    The first update already moves: lr / (warmup_steps + 1). At `steps` and beyond the rate stays at min_lr, but for
-    "constant". With "constant", and with "wsd" before the cool-down, more steps do not change the past.
+    The first update has lr / (warmup_steps + 1). At `steps` and beyond the rate is min_lr, except for "constant". With
+    "constant", and with "wsd" before the cool-down, a larger `steps` does not change earlier rates.
     """
     if step < warmup_steps:
         return lr * (step + 1) / (warmup_steps + 1)
@@ -214,35 +215,27 @@ def optimizer_state(optimizers: Sequence[torch.optim.Optimizer], model: nn.Modul
 def load_optimizer_state(
     optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, state: dict[str, Tensor]
 ) -> None:
-    """Copy whole tensors, as `optimizer_state` names them, into the optimizers' own: the inverse, bit for bit.
+    """Copy whole tensors, named as by `optimizer_state`, into the optimizers' own: its inverse, bit for bit.
 
-    Where a tensor is sharded each process takes its part, and has to be given the whole. Raises UserError, before
-    anything is changed, for a state of another model or optimizer.
+    A sharded tensor takes its part. Raises UserError, before anything changes, for a state of another model or
+    optimizer.
     """
-    own = optimizer_state(optimizers, model)
-    wrong = [f"has no {key}" for key in own if key not in state]
-    wrong += [f"has {key}, which is not trained here" for key in state if key not in own]
-    wrong += [
-        f"has {key} of shape {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
-        for key, tensor in own.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    if wrong:
+    try:
+        parallel.scatter(optimizer_state(optimizers, model), state)
+    except ValueError as error:
         raise UserError(
-            f"the checkpoint is of another model or optimizer: it {wrong[0]}\n"
-            "go on with the options that it was written with, or start a new run"
-        )
-    for key, tensor in own.items():
-        tensor.copy_(_shard_like(tensor, state[key]))
+            f"the checkpoint is of another model or optimizer: {error}\n"
+            "resume with the options that it was written with, or start a new run"
+        ) from None
 
 
 class EMA:
-    """The exponential moving average of a model's parameters: steadier than they are while the learning rate is high.
+    """The exponential moving average of a model's parameters: less noisy while the learning rate is high.
 
         average = d * average + (1 - d) * parameter,    d = min(decay, (1 + step) / (10 + step))
 
     The rising d (as in tf.train.ExponentialMovingAverage) forgets the initial weights soon. It is a function of the
-    step, so `tensors` is all there is to save: name -> average, float32, placed and sharded like the parameter.
+    step, so `tensors` is the whole state: name -> average, float32, placed and sharded like the parameter.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -252,14 +245,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self, skip: Tensor, step: Tensor) -> None:
-        """skip: (), 1.0 leaves the averages as they are. step: (), number of the step, from 1. Both on the device."""
+        """skip: (), 1.0 keeps the averages. step: (), number of the step, from 1. Both on the device."""
         weight = (1 - ((1 + step) / (10 + step)).clamp(max=self.decay)) * (1 - skip)
-        # A weight for each: one tensor for all would be read by the host, which would have to wait for it.
+        # A list of weights: a single tensor would be read by the host, which would have to wait for it.
         torch._foreach_lerp_([*self.tensors.values()], [*self._parameters.values()], [weight] * len(self.tensors))
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
-        """In the body the model's parameters hold the averages, and `tensors` the parameters; then all is as before."""
+        """Swap the parameters with the averages in the body."""
         self._swap()
         try:
             yield
@@ -272,17 +265,3 @@ class EMA:
             parameter = p.clone()
             p.copy_(self.tensors[name])
             self.tensors[name].copy_(parameter)
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    """A DTensor, told by what it has: PyTorch may be built without torch.distributed."""
-    return hasattr(tensor, "placements")
-
-
-def _shard_like(tensor: Any, whole: Tensor) -> Tensor:
-    """What `tensor`, a DTensor or a plain one, holds of a whole one; nothing is sent."""
-    if not _is_sharded(tensor):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)

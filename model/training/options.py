@@ -1,12 +1,14 @@
-"""The options of a training run: their defaults, presets, and what is refused before anything is done.
+"""The options of a training run: defaults, presets, and what is refused before anything is done.
 
-A preset is a TOML file in model/presets, or one of the user's; values come from the preset, then the command line.
+A preset is a TOML file in model/training/presets, or one of the user's. Values come from the preset, then the command
+line.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -18,37 +20,44 @@ import tyro
 from model import config
 from model.cli import UserError
 from model.config import GPTConfig
-from model.training import run_folder
+from model.training import optim, run_folder
 from model.training.parallel import World
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Dtype = Literal["auto", "bfloat16", "float16", "tf32", "float32"]
+PRESETS = Path(__file__).parent / "presets"
+ALIASES = {"--readers": "--num-workers", "--which": "--checkpoint"}  # old name -> new name; both are understood
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train a GPT on a text. Defaults are those of the preset; without --preset, of what fits this machine."""
 
-    preset: str  # values of all other options: tiny, shakespeare-char, gpt2-124M, ..., or a .toml file of yours
+    preset: str  # defaults of all other options: tiny, shakespeare-char, gpt2-124M, ..., or a .toml file of yours
     data: Path = Path("Book")  # a .txt file, a folder of them, a prepared token folder, or .bin shards
     out: Folder = None  # folder of the run; without it runs/PRESET, or the next free runs/PRESET-2, -3, ...
-    resume: Folder = None  # folder of a run to go on with; what may change then is said where something else does
-    which: str = "last"  # with --resume, the checkpoint to go on from: last, best, or a name such as step-00000100
-    or_resume: bool = False  # if --out holds this run already, go on with it: for schedulers that start a command anew
+    resume: Folder = None  # folder of a run to resume; an option that may not change then is refused by name
+    checkpoint: str = "last"  # with --resume, where to resume from: last, best, or a name such as step-00000100
+    or_resume: bool = False  # resume the run in --out if it exists: for schedulers that restart a command
 
     tokenizer: str  # char (one token per character) or gpt2 (byte-pair encoding, 50,257 tokens)
-    n_layer: int  # blocks
+    n_layer: int  # transformer blocks
     n_head: int  # attention heads; divides --n-embd
     n_embd: int  # width of the model, channels
-    context: int  # tokens that the model sees at once
-    dropout: float  # probability in [0, 1) of leaving a value out, in training
+    context: int  # tokens per sequence
+    dropout: float  # probability in [0, 1), in training
     bias: bool = True  # bias vectors in linear layers and LayerNorm
-    document_mask: bool = False  # attention stays inside a document, between two end-of-text tokens
-    skip_bad_shards: bool = False  # leave out .bin shards that cannot be read, instead of stopping at the first
+    document_mask: bool = False  # attention does not cross end-of-text tokens
+    skip_bad_shards: bool = False  # skip .bin shards that cannot be read, instead of stopping at the first
 
-    batch_size: int | Literal["auto"]  # sequences per micro-step and process: what memory has to hold; auto: what fits
-    grad_accum: int = 1  # a step learns from batch_size * grad_accum sequences of --context tokens, in all processes
-    steps: int  # updates of the weights
+    batch_size: int | Literal["auto"]  # sequences per micro-step and process; auto: the largest that fits into memory
+    grad_accum: int = 1  # micro-steps; a step has batch_size * grad_accum sequences, in all processes
+    steps: int  # optimizer steps
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, and AdamW for the rest
     lr: float  # peak learning rate
     min_lr: float  # learning rate at the end
@@ -59,42 +68,179 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW: memory of the mean gradient
     beta2: float = 0.95  # AdamW: memory of the squared gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
-    ema: float = 0.0  # decay of an average of the weights, 0.999 for instance, to be measured and kept beside; 0: none
-    spikes: Literal["off", "skip", "stop"] = "off"  # steps whose loss or gradient stands out: leave out, or end the run
-    spike_z: float = 6.0  # how far a spike stands out, in standard deviations of the last 128 steps
+    ema: float = 0.0  # decay of the average of the weights that is evaluated and saved, for instance 0.999; 0: none
+    spikes: Literal["off", "skip", "stop"] = "off"  # steps whose loss or gradient is an outlier: skip, or end the run
+    spike_z: float = 6.0  # what counts as a spike, in standard deviations of the last 128 steps
     seed: int = 1337  # the same seed on the same machine gives the same run
 
-    eval_every: int = 250  # steps between measurements of the validation loss
-    eval_windows: int = 800  # windows of --context per measurement, at most; spread over the text, always the same
+    eval_every: int = 250  # steps between evaluations of the validation loss
+    eval_windows: int = 800  # windows of --context per evaluation, at most; spread over the text, always the same
     save_every: int = 250  # steps between checkpoints; a new best validation loss is saved too
-    keep_last: int = 2  # checkpoints that stay, beside the best
+    keep_last: int = 2  # checkpoints to keep in addition to the best
     log_every: int = 10  # steps between progress lines
-    sample_tokens: int = 100  # tokens of text written at each measurement; 0: none
-    tensorboard: bool = False  # write the metrics for TensorBoard too
+    sample_tokens: int = 100  # tokens of text sampled at each evaluation; 0: none
+    tensorboard: bool = False  # also write the metrics for TensorBoard
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
-    dtype: Dtype = "auto"  # of activations; by the GPU's capability
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    dtype: Dtype = "auto"  # of activations; auto: by the GPU's capability
     backend: Literal["auto", "triton", "eager"] = "auto"  # kernels: our own in Triton, or PyTorch's
     compile: bool = False  # torch.compile the model: minutes at the start, faster steps
     graph: Literal["auto", "on", "off"] = "auto"  # the whole step as one CUDA graph; auto: on one GPU
-    recompute: bool = False  # keep less for the backward pass and compute it again: less memory, slower steps
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # with torchrun: every process holds all weights, or a share of them
-    readers: int = 2  # threads that read tokens ahead
+    recompute: bool = False  # activation checkpointing: less memory, slower steps
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # with torchrun: every process holds all weights, or a shard of them
+    num_workers: int = 2  # threads that read tokens ahead
+    force: bool = False  # start although more memory is predicted than the device has
     profile: bool = False  # record three steps into trace.json.gz
     memory_snapshot: bool = False  # record allocations on the GPU into memory.pickle
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
-ONE_CALL = ("out", "resume", "which", "or_resume")  # options of one call, not of the run
+    @property
+    def sequences(self) -> int:
+        """Of one step, in all processes. With --batch-size auto, as many as with the preset's batch size."""
+        batch_size = preset(self.preset).batch_size if self.batch_size == "auto" else self.batch_size
+        assert batch_size != "auto"  # a preset has a number
+        return batch_size * self.grad_accum
+
+    def uses_graph(self, world: World) -> bool:
+        return world.device.type == "cuda" and world.size == 1 and self.graph != "off"
+
+    def gpt_config(self, vocab_size: int) -> GPTConfig:
+        return GPTConfig(
+            vocab_size=vocab_size,
+            n_positions=self.context,
+            n_embd=self.n_embd,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            embd_pdrop=self.dropout,
+            resid_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            bias=self.bias,
+        )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step 1, 2, ..."""
+        return optim.lr_at(
+            step - 1,
+            lr=self.lr,
+            min_lr=self.min_lr,
+            warmup_steps=self.warmup_steps,
+            steps=self.steps,
+            schedule=self.schedule,
+            cooldown_steps=self.cooldown_steps or self.steps // 5,
+        )
+
+    def run_options(self) -> dict[str, Any]:
+        """The options that belong to the run rather than to one invocation; JSON-serialisable."""
+        options = {key: value for key, value in asdict(self).items() if key not in PER_INVOCATION}
+        return {**options, "data": str(self.data)}
+
+    def check(self) -> None:
+        """Raise UserError, naming the option, for a value or a combination that cannot work."""
+        counts = "n_layer n_head n_embd context grad_accum steps eval_every eval_windows save_every keep_last log_every"
+        ranges = [(name, getattr(self, name) >= 1, "at least 1") for name in [*counts.split(), "num_workers"]]
+        ranges += [
+            ("batch_size", self.batch_size == "auto" or self.batch_size >= 1, "at least 1"),
+            ("sample_tokens", self.sample_tokens >= 0, "0 (none) or more"),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
+            ("cooldown_steps", 0 <= self.cooldown_steps <= self.steps, f"from 0 to --steps, {self.steps}"),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
+            ("lr", 0 < self.lr < math.inf, "a number above 0"),
+            ("min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to --lr, {self.lr}"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("beta1", 0 <= self.beta1 < 1, "in [0, 1)"),
+            ("beta2", 0 <= self.beta2 < 1, "in [0, 1)"),
+            ("ema", 0 <= self.ema < 1, "in [0, 1)"),
+            ("grad_clip", 0 <= self.grad_clip < math.inf, "0 (off) or more"),
+            ("spike_z", 0 < self.spike_z < math.inf, "a number above 0"),
+            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("checkpoint", self.resume is not None or self.checkpoint == "last", "omitted without --resume"),
+            ("cooldown_steps", self.cooldown_steps == 0 or self.schedule == "wsd", "omitted without --schedule wsd"),
+            ("or_resume", not self.or_resume or self.out is not None, "omitted without --out"),
+        ]
+        for name, good, words in ranges:
+            if not good:
+                raise UserError(f"{_flag(name)} must be {words}, got {getattr(self, name)}")
+        try:
+            self.gpt_config(vocab_size=1)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def check_machine(self, world: World) -> None:
+        """Raise UserError for what cannot work on this device or in this number of processes."""
+        cuda, several, fsdp = world.device.type == "cuda", world.size > 1, self.parallel == "fsdp"
+        restarts = several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+        impossible = {
+            "--dtype tf32 is a format of NVIDIA GPUs: use --dtype float32": self.dtype == "tf32" and not cuda,
+            "--memory-snapshot records a GPU's memory, and this is a CPU: omit it": self.memory_snapshot and not cuda,
+            "--graph on needs a CUDA device: omit it": self.graph == "on" and not cuda,
+            "--graph on is for one process: omit it with torchrun": self.graph == "on" and several,
+            "--parallel fsdp needs several processes: start it with torchrun": fsdp and not several,
+            "--optimizer muon works on whole matrices and --parallel fsdp shards them: use --parallel ddp": (
+                fsdp and self.optimizer == "muon"
+            ),
+            "--compile does not work with --parallel fsdp: omit one of them": fsdp and self.compile,
+            "torchrun --max-restarts needs --out or --resume, so that a restart finds the run": (
+                restarts and not (self.out or self.resume)
+            ),
+        }
+        for message, applies in impossible.items():
+            if applies:
+                raise UserError(message)
+
+    def check_resumable(self, stored: TrainConfig, folder: Path) -> None:
+        """Raise UserError for an option that may not change when a run is resumed."""
+        for name in (field.name for field in fields(self) if field.name not in (*RESUMABLE, *PER_INVOCATION)):
+            if (new := getattr(self, name)) != (old := getattr(stored, name)):
+                raise UserError(
+                    f"{_flag(name)} {new} cannot be changed when a run is resumed (in {folder} it is {old}): omit it, "
+                    f"or start a new run\nwhat can be changed: {', '.join(map(_flag, RESUMABLE))}"
+                )
+        if self.out is not None:
+            raise UserError(f"--out {self.out} cannot be changed when a run is resumed: omit it")
+        if self.batch_size != "auto" and self.sequences != stored.sequences:
+            raise UserError(
+                f"--batch-size {self.batch_size} times --grad-accum {self.grad_accum} is {self.sequences} sequences a "
+                f"step, and in {folder} it is {stored.sequences}: change both, so that their product stays"
+            )
+
+
+PER_INVOCATION = ("out", "resume", "checkpoint", "or_resume", "force")  # not stored with the run
 RESUMABLE = (
     "steps", "eval_every", "eval_windows", "save_every", "keep_last", "log_every", "sample_tokens", "tensorboard",
-    "batch_size", "grad_accum", "device", "backend", "compile", "graph", "recompute", "parallel", "readers", "profile",
-    "memory_snapshot", "skip_bad_shards",
+    "batch_size", "grad_accum", "device", "backend", "compile", "graph", "recompute", "parallel", "num_workers",
+    "profile", "memory_snapshot", "skip_bad_shards",
 )  # fmt: skip
+
+
+def preset_names() -> list[str]:
+    """The presets of this project, small before large."""
+    return sorted((path.stem for path in PRESETS.glob("*.toml")), key=lambda name: (name.startswith("gpt2"), name))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The content of a preset: a name, or the path of a TOML file of the user's.
+
+    Keys are train.py's options with underscores. `preset = "NAME"` takes the values of that preset for what the file
+    does not set.
+    """
+    is_file = name.endswith(".toml")
+    if not is_file and name not in preset_names():
+        raise UserError(f"unknown preset {name!r}: choose one of {', '.join(preset_names())}, or a .toml file")
+    path = Path(name) if is_file else PRESETS / f"{name}.toml"
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+    base = values.pop("preset", None)
+    return {**(read_preset(base) if base is not None else {}), **values, "preset": name}
 
 
 def preset(name: str) -> TrainConfig:
     """The options of a preset, by name or file."""
-    values = run_folder.read_preset(name)
+    values = read_preset(name)
     shape = values.pop("shape", None)
     if shape is not None and shape not in config.PRESETS:
         raise UserError(f"{name}: unknown shape {shape!r}: choose one of {', '.join(config.PRESETS)}")
@@ -106,8 +252,15 @@ def preset(name: str) -> TrainConfig:
     return _from_values({**of_shape, **values}, name)
 
 
+def stored_config(folder: Path) -> TrainConfig:
+    """The options of the run in `folder`."""
+    return _from_values(run_folder.stored_options(folder), folder / run_folder.CONFIG)
+
+
 def _from_values(values: dict[str, Any], source: Path | str) -> TrainConfig:
-    """TrainConfig(**values) with the types checked: they come from a file. UserError names the file and the option."""
+    """TrainConfig(**values), with the types checked: they come from a file. UserError names the file and the option."""
+    renamed = {old.strip("-"): new.strip("-").replace("-", "_") for old, new in ALIASES.items()}
+    values = {renamed.get(name, name): value for name, value in values.items()}
     known = {field.name for field in fields(TrainConfig)}
     if unknown := sorted(values.keys() - known):
         raise UserError(f"{source}: unknown option {unknown[0]!r}: see python train.py --help")
@@ -125,7 +278,7 @@ def _from_values(values: dict[str, Any], source: Path | str) -> TrainConfig:
 
 
 def default_config(args: list[str]) -> TrainConfig:
-    """The values of the options that `args` leaves out: of the run to resume, of the preset, or of this machine."""
+    """The values of options that are not in `args`: of the run to resume, of the preset, or of this machine."""
     if folder := _option(args, "--resume"):
         return stored_config(Path(folder))
     if name := _option(args, "--preset"):
@@ -141,123 +294,13 @@ def _option(args: list[str], name: str) -> str | None:
     return values[-1] if values else None
 
 
-def check(cfg: TrainConfig) -> None:
-    """Raises UserError, naming the option, for a value or a combination that cannot work."""
-    counts = (
-        "n_layer n_head n_embd context grad_accum steps eval_every eval_windows save_every keep_last log_every readers"
-    )
-    ranges = [(name, getattr(cfg, name) >= 1, "at least 1") for name in counts.split()]
-    ranges += [
-        ("batch_size", cfg.batch_size == "auto" or cfg.batch_size >= 1, "at least 1"),
-        ("sample_tokens", cfg.sample_tokens >= 0, "0 (none) or more"),
-        ("warmup_steps", cfg.warmup_steps >= 0, "0 or more"),
-        ("cooldown_steps", 0 <= cfg.cooldown_steps <= cfg.steps, f"from 0 to --steps, {cfg.steps}"),
-        ("seed", 0 <= cfg.seed < 2**63, "from 0 to 2**63 - 1"),
-        ("lr", 0 < cfg.lr < math.inf, "a number above 0"),
-        ("min_lr", 0 <= cfg.min_lr <= cfg.lr, f"from 0 to --lr, {cfg.lr}"),
-        ("weight_decay", 0 <= cfg.weight_decay < math.inf, "0 or more"),
-        ("beta1", 0 <= cfg.beta1 < 1, "in [0, 1)"),
-        ("beta2", 0 <= cfg.beta2 < 1, "in [0, 1)"),
-        ("ema", 0 <= cfg.ema < 1, "in [0, 1)"),
-        ("grad_clip", 0 <= cfg.grad_clip < math.inf, "0 (off) or more"),
-        ("spike_z", 0 < cfg.spike_z < math.inf, "a number above 0"),
-        ("dropout", 0 <= cfg.dropout < 1, "in [0, 1)"),
-        ("which", cfg.resume is not None or cfg.which == "last", "left out where there is no --resume"),
-        ("cooldown_steps", cfg.cooldown_steps == 0 or cfg.schedule == "wsd", "left out without --schedule wsd"),
-        ("or_resume", not cfg.or_resume or cfg.out is not None, "left out without --out"),
-    ]
-    for name, good, words in ranges:
-        if not good:
-            raise UserError(f"{_flag(name)} must be {words}, got {getattr(cfg, name)}")
-    try:
-        gpt_config(cfg, vocab_size=1)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def check_machine(cfg: TrainConfig, world: World) -> None:
-    """Raises UserError for what cannot work here: on this device, in so many processes."""
-    cuda, several = world.device.type == "cuda", world.size > 1
-    impossible = [
-        (cfg.dtype == "tf32" and not cuda, "--dtype tf32 is a format of NVIDIA GPUs: use --dtype float32"),
-        (cfg.memory_snapshot and not cuda, "--memory-snapshot records a GPU's memory, and this is a CPU: leave it out"),
-        (cfg.graph == "on" and not cuda, "--graph on needs a CUDA device: leave it out"),
-        (cfg.graph == "on" and several, "--graph on is for one process: leave it out with torchrun"),
-        (cfg.parallel == "fsdp" and not several, "--parallel fsdp needs several processes: start it with torchrun"),
-        (
-            cfg.parallel == "fsdp" and cfg.optimizer == "muon",
-            "--optimizer muon works on whole matrices and --parallel fsdp cuts them up: use --parallel ddp",
-        ),
-        (cfg.parallel == "fsdp" and cfg.compile, "--compile does not go with --parallel fsdp: leave one of them out"),
-        (
-            several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and not (cfg.out or cfg.resume),
-            "torchrun --max-restarts needs --out or --resume, so that a restart finds the run",
-        ),
-    ]  # fmt: skip
-    for problem, words in impossible:
-        if problem:
-            raise UserError(words)
-
-
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def gpt_config(cfg: TrainConfig, vocab_size: int) -> GPTConfig:
-    return GPTConfig(
-        vocab_size=vocab_size,
-        n_positions=cfg.context,
-        n_embd=cfg.n_embd,
-        n_layer=cfg.n_layer,
-        n_head=cfg.n_head,
-        embd_pdrop=cfg.dropout,
-        resid_pdrop=cfg.dropout,
-        attn_pdrop=cfg.dropout,
-        bias=cfg.bias,
-    )
-
-
-def check_resumable(cfg: TrainConfig, stored: TrainConfig, folder: Path) -> None:
-    """Raises UserError for an option that may not change while a run goes on."""
-    for name in (field.name for field in fields(cfg) if field.name not in (*RESUMABLE, *ONE_CALL)):
-        if (new := getattr(cfg, name)) != (old := getattr(stored, name)):
-            raise UserError(
-                f"{_flag(name)} {new} cannot be changed when a run goes on (in {folder} it is {old}): leave it out, or "
-                f"start a new run\nwhat can be changed: {', '.join(map(_flag, RESUMABLE))}"
-            )
-    if cfg.out is not None:
-        raise UserError(f"--out {cfg.out} cannot be changed when a run goes on: leave it out")
-    if cfg.batch_size != "auto" and sequences(cfg) != sequences(stored):
-        raise UserError(
-            f"--batch-size {cfg.batch_size} times --grad-accum {cfg.grad_accum} is {sequences(cfg)} sequences a step, "
-            f"and in {folder} it is {sequences(stored)}: change both, so that their product stays"
-        )
-
-
-def sequences(cfg: TrainConfig) -> int:
-    """Of one step, in all processes. With --batch-size auto, as many as the preset's batch size makes them."""
-    batch_size = preset(cfg.preset).batch_size if cfg.batch_size == "auto" else cfg.batch_size
-    assert batch_size != "auto"  # a preset has a number
-    return batch_size * cfg.grad_accum
-
-
-def stored_config(folder: Path) -> TrainConfig:
-    """The options of the run in `folder`."""
-    return _from_values(run_folder.stored_options(folder), folder / run_folder.CONFIG)
-
-
-def run_options(cfg: TrainConfig) -> dict[str, Any]:
-    """The options that belong to the run, and not to one call of it, as JSON can carry them."""
-    return {**{key: value for key, value in asdict(cfg).items() if key not in ONE_CALL}, "data": str(cfg.data)}
-
-
 def pick_dtype(dtype: Dtype, device: torch.device) -> Dtype:
-    """What "auto" stands for: bfloat16 from compute capability 8.0 on, float16 on 7.x, else float32."""
+    """Resolve "auto": bfloat16 from compute capability 8.0, float16 on 7.x, else float32."""
     if dtype != "auto":
         return dtype
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     return "bfloat16" if capability >= 8 else "float16" if capability == 7 else "float32"
-
-
-def torch_dtype(cfg: TrainConfig) -> torch.dtype:
-    return torch.float32 if cfg.dtype == "tf32" else getattr(torch, cfg.dtype)  # type: ignore[no-any-return]

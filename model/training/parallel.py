@@ -2,15 +2,15 @@
 
     torchrun --nproc-per-node 2 train.py ...       # NCCL between GPUs, gloo between CPUs
 
-A step learns from the same S sequences whatever the number of processes W: each takes S / W of them. Their gradients
-are averaged, so with losses weighted by W the sum over all sequences is the one that a single process would have.
+A step has the same S sequences for any number of processes W: each takes S / W of them. Their gradients are averaged,
+so with losses weighted by W the sum over all sequences is that of a single process.
 
-    DDP     every process holds the model; 1 all-reduce of the gradients for each step
-    FSDP2   every process holds 1 / W of each parameter, gradient and optimizer slot, and gathers what it next uses
+    DDP     every process holds the model; one all-reduce of the gradients per step
+    FSDP2   every process holds 1 / W of each parameter, gradient and optimizer slot, and gathers what it uses next
 
-Nothing else in the project knows which of the two it is: a sharded tensor is a torch.distributed.tensor.DTensor, and
-`total_norm`, `gather` and `scatter` take both kinds. A world of one needs no process group, and every function here
-does nothing in it but return what it was given.
+Nothing else in the project depends on which of the two it is: a sharded tensor is a torch.distributed.tensor.DTensor,
+and `total_norm`, `gather` and `scatter` take both kinds. A world of one needs no process group: every function here
+then returns what it was given.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from model.cli import UserError
 
 T = TypeVar("T")
 
-# A process that ends closes its connections, which ends gloo's waits for it at once. These are for one that hangs.
+# A process that ends closes its connections, which ends gloo's waits at once. These are for one that hangs.
 TIMEOUT = timedelta(minutes=5)  # of collectives on the device
-HOST_TIMEOUT = timedelta(hours=6)  # of `agree` and `tell`: rank 0 may be encoding a corpus meanwhile
-POLL_S = 0.05  # between two looks for processes that are still to come
+HOST_TIMEOUT = timedelta(hours=6)  # of `any_rank` and `broadcast`: rank 0 may be encoding a corpus meanwhile
+POLL_S = 0.05  # between checks for processes that have not joined yet
 
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "was aborted")
 _SILENT = ("Timed out", "timed out", "timeout")
@@ -47,7 +47,7 @@ _SILENT = ("Timed out", "timed out", "timeout")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this one is. host: a gloo group of all, None where there is one."""
+    """The processes of a run, and this one's rank. host: a gloo group of all; None for a single process."""
 
     rank: int
     size: int
@@ -56,18 +56,18 @@ class World:
     host: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
 
-class Lost(UserError):
-    """Another process is gone, and the run cannot go on without it."""
+class PeerLost(UserError):
+    """Another process is gone, and the run cannot continue without it."""
 
     exit_code = 1
 
 
 @contextlib.contextmanager
 def start(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started; without it, and with one process, a world of one.
+    """Join the processes that torchrun started; a world of one without torchrun.
 
     device: "cuda", which becomes this process's own GPU, or "cpu". Raises UserError for more processes than GPUs, and
-    Lost where the body ends because another process is gone. Leaving does not wait for that one.
+    PeerLost where the body fails because another process is gone, without waiting for that one.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
@@ -98,32 +98,41 @@ def start(device: str) -> Iterator[World]:
     try:
         yield World(rank, size, local_rank, own, host)
     except BaseException as error:
-        # Where one process dies torchrun sends SIGTERM to the others, and they have something to say first.
-        words = lost(error)
+        # When one process dies, torchrun sends SIGTERM to the others: let this one report why it ends.
+        words = peer_failure(error)
         signal.signal(signal.SIGTERM, signal.SIG_IGN if words else before)
-        if uses_nccl:  # destroying NCCL's group waits for its collectives, and they may wait for who is gone
+        if uses_nccl:  # destroy would wait for collectives that wait for the dead process
             dist.destroy_process_group(host)
             dist.group.WORLD.abort()  # type: ignore[union-attr]
         else:
             dist.destroy_process_group()
         if words:
-            raise Lost(words) from error
+            raise PeerLost(words) from error
         raise
     signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def rank0_stdout(world: World) -> Iterator[None]:
+    """Silence standard output on ranks other than 0."""
+    with contextlib.ExitStack() as stack:
+        if world.rank > 0:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
 def _exit(number: int, frame: object) -> None:
-    """SIGTERM as an exception: it finds its way through the clean-up that another one has started."""
+    """Turn SIGTERM into an exception, which passes through a clean-up that is already under way."""
     raise SystemExit(128 + number)
 
 
 def _unused(store: dist.Store, rank: int, size: int) -> dist.Store:
-    """The store under a name that is new to it, agreed on by the processes that are alive now.
+    """The store under an unused prefix, agreed on by the processes that are alive.
 
-    torchrun keeps its store when it starts processes again, with the addresses of the dead ones in it (PyTorch issue
-    135712), and its count of restarts differs between machines. So every process leaves a name, which may be read
-    after its death, and rank 0 answers to names until all that are alive have read an answer to theirs.
+    torchrun keeps its store across restarts, with the addresses of dead processes in it (PyTorch issue 135712), and its
+    restart count differs between machines. So every process posts a name, which may outlive it, and rank 0 answers the
+    names it finds until every living process has read an answer to its own.
     """
     name = uuid.uuid4().hex
     if rank > 0:
@@ -134,16 +143,16 @@ def _unused(store: dist.Store, rank: int, size: int) -> dist.Store:
         end = time.monotonic() + TIMEOUT.total_seconds()
         while store.add(f"here/{name}", 0) < size - 1:
             if time.monotonic() > end:
-                raise UserError(f"not all of the {size} processes have come: see above for what became of them")
+                raise UserError(f"not all of the {size} processes have joined: see their errors above")
             for other in range(1, size):
                 store.set(f"answer/{store.get(f'name/{other}').decode()}", name)
             time.sleep(POLL_S)
     return dist.PrefixStore(name, store)
 
 
-def lost(error: BaseException) -> str | None:
-    """In words, if an error of torch's means that another process of the run is gone or hangs; None otherwise."""
-    if isinstance(error, SystemExit) and error.__context__ is not None:  # SIGTERM came while that one was on its way
+def peer_failure(error: BaseException) -> str | None:
+    """The message, if an error of PyTorch means that another process of the run is gone or hangs; else None."""
+    if isinstance(error, SystemExit) and error.__context__ is not None:  # SIGTERM arrived during that one
         error = error.__context__
     text = str(error)
     if not isinstance(error, dist.DistError) and "gloo" not in text:
@@ -154,16 +163,16 @@ def lost(error: BaseException) -> str | None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     who = f"process {1 - rank} of 2" if size == 2 else f"one of the {size} processes"
     return (
-        f"{who} {'is gone' if gone else 'does not answer'}, and process {rank} cannot go on without it\n"
-        f"what was saved is whole: go on with --resume; torchrun --max-restarts 1 does so by itself, given --out"
+        f"{who} {'is gone' if gone else 'does not answer'}, and process {rank} cannot continue without it\n"
+        f"the checkpoints are intact: resume with --resume; torchrun --max-restarts 1 with --out resumes by itself"
     )
 
 
-def share(world: World, rows: int, batch_size: int) -> tuple[range, int]:
-    """rows: S, sequences of a step -> those of this process, and how many of them a micro-step takes.
+def local_rows(world: World, rows: int, batch_size: int) -> tuple[range, int]:
+    """rows: S, sequences of a step -> those of this process, and the sequences of a micro-step.
 
-    The second is the largest divisor of the first's length that is at most batch_size. Raises UserError where the
-    processes cannot take equally many.
+    The latter is the largest divisor of the former's number up to batch_size. Raises UserError where W does not divide
+    S.
     """
     if rows % world.size:
         factor = world.size // math.gcd(world.size, batch_size)
@@ -177,30 +186,30 @@ def share(world: World, rows: int, batch_size: int) -> tuple[range, int]:
 
 
 def wrap(model: nn.Module, kind: Literal["ddp", "fsdp"], world: World, dtype: torch.dtype) -> nn.Module:
-    """The module that a step calls; before the optimizer is built, as FSDP2 puts sharded parameters into the model.
+    """The module that a step calls. Call it before the optimizer is built: FSDP2 replaces the model's parameters.
 
     model: on world.device, with the same weights on every process. dtype: of activations. Names and shapes of
-    model.named_parameters() stay, and calls of `model` itself go on to work; with FSDP2 they are collective.
+    model.named_parameters() stay, and `model` itself can still be called; with FSDP2 that is collective.
     """
     if world.size == 1:
         return model
     if kind == "fsdp":
         return _fully_shard(model, world, dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has a new name for it, which 2.11 does not know
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames an option that 2.11 requires
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[world.device] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,  # working weights, which every process makes from its own
+            broadcast_buffers=False,  # working weights, which every process computes itself
             gradient_as_bucket_view=True,
         )
 
 
 def _fully_shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
-    """One group for the matrices of each block, gathered in the dtype of activations: GPT casts them to it anyway.
+    """Shard the matrices of each block as one group, gathered in the dtype of activations, to which GPT casts anyway.
 
-    The rest goes with the root, in float32 and gathered for the whole pass: embeddings, which are added in float32 and
-    used once more as the output head, and the LayerNorms (0.1 % of GPT-2), each of which serves the block before it.
+    The root holds the rest, in float32 and gathered for the whole pass: embeddings, which are added in float32 and used
+    again as the output head, and the LayerNorms (0.1 % of GPT-2), which the previous block applies.
     """
     from torch.distributed.device_mesh import init_device_mesh  # here: importing it takes a second
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -212,14 +221,14 @@ def _fully_shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Modul
     fully_shard(model, mesh=mesh)
     # The outputs of linear layers are views on a CPU; nothing writes to them.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-    if dist.get_backend() == "gloo":  # which has taken the sum for the average (PyTorch issue 162338)
+    if dist.get_backend() == "gloo":  # which returned the sum for the average (PyTorch issue 162338)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
 
     def reshard(module: Any, *_: object) -> None:
-        # The root waits for its backward pass with that. Where none comes, the next forward pass would find the
-        # gathered weights still there, and use them though the sharded ones had changed.
+        # The root reshards in its backward pass. Without one, the next forward pass would use the gathered weights
+        # although the sharded ones may have changed.
         if not torch.is_grad_enabled():
             module.reshard()
 
@@ -229,8 +238,8 @@ def _fully_shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Modul
 
 @contextlib.contextmanager
 def synchronise(module: nn.Module, on: bool) -> Iterator[None]:
-    """Around a micro-step: its gradients cross the wire, with those of the micro-steps before, only where `on`."""
-    # By method rather than class: torch.compile's module hands on the attributes of the one it wraps.
+    """Wraps a micro-step: gradients accumulated so far are reduced across processes only if `on`."""
+    # By method, not class: torch.compile's module forwards attributes of the module it wraps.
     if (switch := getattr(module, "set_requires_gradient_sync", None)) is not None:  # FSDP2
         switch(on)
     no_sync = None if on else getattr(module, "no_sync", None)  # DDP
@@ -240,10 +249,10 @@ def synchronise(module: nn.Module, on: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def total_norm(model: nn.Module) -> Tensor:
-    """-> () float32, the norm of all gradients together, sharded or not; the same on every process, without a wait."""
+    """The norm of all gradients, sharded or not: () float32, equal on every process. No host sync."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([_local(g) for g in gradients])
-    if mesh := _mesh(gradients[0]):
+    if mesh := mesh_of(gradients[0]):
         squares = norm.square()
         dist.all_reduce(squares, group=mesh.get_group())
         norm = squares.sqrt()
@@ -251,14 +260,14 @@ def total_norm(model: nn.Module) -> Tensor:
 
 
 def gather(named: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Whole tensors on the CPU in rank 0, and {} elsewhere. To be called by all processes.
+    """Whole tensors on the CPU in rank 0, and {} elsewhere. Collective.
 
-    The device holds one whole tensor at a time. What lies whole on a CPU already is handed on, not copied.
+    The device holds one whole tensor at a time. A whole CPU tensor is returned as it is, not copied.
     """
     whole = {}
     for name, tensor in named.items():
         t = tensor.detach()
-        if _mesh(t):
+        if mesh_of(t):
             t = t.full_tensor()  # type: ignore[attr-defined]
         if world.rank == 0:
             whole[name] = t.cpu()
@@ -267,25 +276,25 @@ def gather(named: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def scatter(named: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors of `state`, which every process has read, into tensors of the same names, sharded or not.
+    """Copy whole tensors of `state`, which every process has, into tensors of the same names, sharded or not.
 
-    The device holds one whole tensor at a time. Raises ValueError where names or shapes differ.
+    The device holds one whole tensor at a time. Raises ValueError, before any change, where names or shapes differ.
     """
-    if wrong := sorted(named.keys() ^ state.keys()):
-        raise ValueError(f"{wrong[0]} is {'missing' if wrong[0] in named else 'not expected'} in what was saved")
+    for name in [*named, *(name for name in state if name not in named)]:
+        shapes = [tuple(t[name].shape) if name in t else "missing" for t in (state, named)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name} is {shapes[0]} there and {shapes[1]} here")
     for name, tensor in named.items():
         whole = state[name]
-        if tensor.shape != whole.shape:
-            raise ValueError(f"{name} has shape {tuple(whole.shape)} where {tuple(tensor.shape)} is needed")
-        if mesh := _mesh(tensor):
+        if mesh := mesh_of(tensor):
             from torch.distributed.tensor import distribute_tensor
 
             whole = distribute_tensor(whole, mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
         tensor.copy_(whole)
 
 
-def agree(flags: list[bool], world: World) -> list[bool]:
-    """Logical or over all processes, flag by flag. The hosts wait for each other, but not for their devices."""
+def any_rank(flags: list[bool], world: World) -> list[bool]:
+    """Logical or over all processes, elementwise. Hosts wait for each other, but not for their devices."""
     if world.size == 1:
         return flags
     either = torch.tensor(flags, dtype=torch.uint8)
@@ -293,8 +302,8 @@ def agree(flags: list[bool], world: World) -> list[bool]:
     return either.bool().tolist()
 
 
-def collect(value: T, world: World) -> list[T]:
-    """What each process gives, by rank, in all of them; it is pickled on the way."""
+def all_gather_object(value: T, world: World) -> list[T]:
+    """The values of all processes, by rank; pickled on the way."""
     if world.size == 1:
         return [value]
     found: list[T] = [value] * world.size
@@ -302,13 +311,18 @@ def collect(value: T, world: World) -> list[T]:
     return found
 
 
-def tell(value: T, world: World) -> T:
-    """rank 0's value, to all. The others wait for it up to HOST_TIMEOUT: also for what rank 0 has to do alone."""
+def broadcast(value: T, world: World) -> T:
+    """rank 0's value, on all, within HOST_TIMEOUT."""
     if world.size == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0, group=world.host)
     return values[0]
+
+
+def barrier(world: World) -> None:
+    """Wait for all hosts, up to HOST_TIMEOUT: for what rank 0 does alone."""
+    broadcast(None, world)
 
 
 def sum_all(t: Tensor, world: World) -> Tensor:
@@ -318,10 +332,10 @@ def sum_all(t: Tensor, world: World) -> Tensor:
     return t
 
 
-def turns(batches: Iterable[T], world: World) -> Iterator[tuple[T, bool]]:
-    """This process's share of `batches`, every W-th: as many in each process, as FSDP2's forward passes are collective.
+def shard_batches(batches: Iterable[T], world: World) -> Iterator[tuple[T, bool]]:
+    """Every W-th of `batches`: equally many in each process, because FSDP2's forward passes are collective.
 
-    Where the last round has none for this process, it is given one that is another's, and False: do not count it.
+    If the last round has none for this process, it gets another's and False: not to be counted.
     """
     rest = iter(batches)
     while around := list(islice(rest, world.size)):
@@ -329,10 +343,10 @@ def turns(batches: Iterable[T], world: World) -> Iterator[tuple[T, bool]]:
         yield around[world.rank if counts else 0], counts
 
 
-def _mesh(t: Tensor) -> Any:
-    """The DeviceMesh that t is spread over, or None. By attribute: importing DTensor takes a second where none is."""
+def mesh_of(t: Tensor) -> Any:
+    """The DeviceMesh that t is sharded over, or None. By attribute: importing DTensor takes a second."""
     return getattr(t, "device_mesh", None)
 
 
 def _local(t: Tensor) -> Tensor:
-    return t.to_local() if _mesh(t) else t  # type: ignore[attr-defined]
+    return t.to_local() if mesh_of(t) else t  # type: ignore[attr-defined]

@@ -1,79 +1,78 @@
-"""One step of training on one process: micro-steps, clipping, guards, update. Nothing in it waits for the device.
+"""One step of training on one process: micro-steps, clipping, guards, update. No host sync.
 
     L = sum_i n_i L_i / sum_i n_i                    over the micro-steps i of all processes, n_i targets each
     g = grad (s L)          norm = |g| / s           s: the loss scale of float16, else 1
-    w = update(w, g / (s max(1, norm / clip)))       unless the step is left out
+    w = update(w, g / (s max(1, norm / clip)))       unless the step is skipped
 
-The division is done by the optimizer while it reads g, so clipping and unscaling cost no pass over the gradients.
-Whether a step is left out is decided on the device (`Guard`): the host may look, or not, whenever it likes.
+The optimizer divides while it reads g, so clipping and unscaling cost no pass over the gradients. Whether a step is
+skipped is decided on the device (`Guard`). The host may read the decision later; it never has to wait.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.gpt import GPT, IGNORE
+from model.gpt import GPT, IGNORE_INDEX
 from model.training import parallel
 from model.training.optim import EMA, set_lr
 from model.training.parallel import World
 
-WINDOW = 128  # steps that a spike is measured against (llm.c's outlier detector has the same)
-FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in float16, as torch.amp.GradScaler has them
-EAGER_STEPS = 3  # before a CUDA graph is captured: they make the optimizer's state and set libraries up
+WINDOW = 128  # steps that a spike is compared with, as in llm.c's outlier detector
+FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in float16: torch.amp.GradScaler's defaults
+EAGER_STEPS = 3  # before a CUDA graph is captured: libraries initialise in them
 Spikes = Literal["off", "skip", "stop"]
 NOT_FINITE, SPIKE = 1, 2  # causes that end a run
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """What the random generators are set to before a step: a pure function, so no checkpoint holds their state."""
-    counter = (1 << 192) + (rank << 128) + (step << 64)  # batches are drawn below 1 << 128
+    """The seed of a step's dropout: a pure function, so that no checkpoint holds the state of a generator."""
+    counter = (1 << 192) + (rank << 128) + (step << 64)  # the loader's Philox counters stay below 1 << 128
     return int(np.random.Philox(key=seed, counter=counter).random_raw() >> 1)
 
 
 class Guard:
     """Decides on the device whether a step may change the weights, and keeps float16's loss scale.
 
-    A loss or norm that is not finite ends the run: from that step on nothing is updated, and the host finds the number
-    of the step in `bad_step` when it next looks. In float16 a norm that is not finite is an overflow: the step is left
-    out and the scale halved, until the scale is 1 and can be the cause no more. A spike is a loss or norm of more than
-    `z` standard deviations above the mean of the last WINDOW steps; it is left out ("skip") or ends the run ("stop").
+    A loss or norm that is not finite ends the run: from that step on nothing is updated, and the host reads the number
+    of the step from `bad_step` later. In float16 a norm that is not finite is an overflow: the step is skipped and the
+    scale halved, until the scale is 1 and can no longer be the cause. A spike is a loss or norm of more than `z`
+    standard deviations above the mean of the last WINDOW steps; it is skipped ("skip") or ends the run ("stop").
     """
 
     def __init__(self, device: torch.device, *, spikes: Spikes = "off", z: float = 6.0, scaled: bool = False) -> None:
         self.spikes, self.z, self.scaled = spikes, z, scaled
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0: none
-        self.cause = torch.full((), NOT_FINITE, dtype=torch.int64, device=device)  # of that
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps left out so far
+        self.cause = torch.full((), NOT_FINITE, dtype=torch.int64, device=device)  # of bad_step
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # steps skipped so far
         self.scale = torch.full((), FIRST_SCALE if scaled else 1.0, device=device)
-        self.clean = torch.zeros((), dtype=torch.int64, device=device)  # steps since the scale last changed
-        self.seen = torch.zeros((), dtype=torch.int64, device=device)  # finite steps
+        self.clean = torch.zeros((), dtype=torch.int64, device=device)  # steps since the scale changed
+        self.n_finite = torch.zeros((), dtype=torch.int64, device=device)
         self.window = torch.zeros((2, WINDOW), dtype=torch.float64, device=device)  # their losses and norms
-        self.places = torch.arange(WINDOW, device=device)
+        self.slots = torch.arange(WINDOW, device=device)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What has to be saved: a run that goes on decides as one that was never stopped."""
-        kept = {"skipped": self.skipped, "seen": self.seen, "window": self.window}
-        return kept | ({"scale": self.scale, "clean": self.clean} if self.scaled else {})
+        """The state to save: a resumed run decides as one that was never stopped."""
+        state = {"skipped": self.skipped, "seen": self.n_finite, "window": self.window}
+        return state | ({"scale": self.scale, "clean": self.clean} if self.scaled else {})
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
 
-    def judge(self, step: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
-        """step: () int64, loss, norm: () of all processes -> () float32, 1.0 where the weights have to stay."""
+    def should_skip(self, step: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
+        """step: () int64; loss, norm: () of all processes -> () float32, 1.0 where the weights must not change."""
         finite = torch.isfinite(loss + norm)
         bad, skip = ~finite, None
         if self.scaled:
-            overflow = torch.isfinite(loss) & ~finite & (self.scale > 1.0)  # of scaled gradients: no fault of the run
+            # Only the scaled gradients overflowed: skip the step and lower the scale.
+            overflow = torch.isfinite(loss) & ~finite & (self.scale > 1.0)
             bad, skip = bad & ~overflow, overflow
             self._rescale(overflow)
         if self.spikes != "off":
@@ -98,16 +97,16 @@ class Guard:
     def _is_spike(self, finite: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
         values = torch.stack([loss, norm]).double()
         deviation = values - self.window.mean(1)
-        spike = finite & (self.seen >= WINDOW) & (deviation > self.z * self.window.std(1, correction=0)).any()
-        # Spikes enter the window too: a run whose loss has moved for good is not left out for ever.
-        here = finite & (self.places == self.seen % WINDOW)
-        self.window.copy_(torch.where(here, values[:, None], self.window))
-        self.seen.add_(finite)
+        spike = finite & (self.n_finite >= WINDOW) & (deviation > self.z * self.window.std(1, correction=0)).any()
+        # Spikes enter the window too, so that a lasting change of the loss does not skip steps forever.
+        is_slot = finite & (self.slots == self.n_finite % WINDOW)
+        self.window.copy_(torch.where(is_slot, values[:, None], self.window))
+        self.n_finite.add_(finite)
         return spike
 
 
 class Step:
-    """Call it with the tokens of one step after another; `loss` and `norm` then are that step's, on the device."""
+    """Runs one training step per call; `loss` and `norm` are then its results, () on the device."""
 
     def __init__(
         self,
@@ -125,8 +124,8 @@ class Step:
     ) -> None:
         """module: model as this process runs it (compiled, DDP, FSDP2). grad_clip: largest norm, 0 for none.
 
-        document_id: the token that begins a document, if attention is to stay inside of each. graph: capture the whole
-        step in a CUDA graph after EAGER_STEPS; all calls must then be on one stream other than the default one.
+        document_id: the token between documents, if attention is to stay inside each. graph: capture the whole step in
+        a CUDA graph after EAGER_STEPS; all calls must then be on one stream other than the default one.
         """
         self.model, self.module, self.optimizers, self.guard, self.world = model, module, optimizers, guard, world
         self.grad_clip, self.seed, self.document_id, self.ema = grad_clip, seed, document_id, ema
@@ -134,14 +133,14 @@ class Step:
         self.loss = self.norm = torch.zeros((), device=world.device)
         self.step = torch.zeros((), dtype=torch.int64, device=world.device)
         config = model.config
-        self.draws = max(config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) > 0
+        self.has_dropout = max(config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) > 0
         self.uses_graph = graph
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0
 
     def __call__(self, idx: Tensor, targets: Tensor, *, step: int, lr: float) -> None:
         """idx, targets: (A, B, T) int64, A micro-steps. step: number of the step, from 1. lr: learning rate."""
-        self._seed(step)
+        self.seed_dropout(step)
         set_lr(self.optimizers, lr)
         self.step.fill_(step)
         if self.uses_graph and self.graph is None and self.eager_steps == EAGER_STEPS:
@@ -154,49 +153,52 @@ class Step:
             self.static_targets.copy_(targets)
             self.graph.replay()
 
-    def _seed(self, step: int) -> None:
-        """Set the one generator that dropout draws from; torch.manual_seed would visit those of all backends."""
-        if self.draws:
+    def seed_dropout(self, step: int) -> None:
+        """Seed the generator that dropout draws from; torch.manual_seed would visit those of all backends."""
+        if self.has_dropout:
             generator = torch.cuda if self.world.device.type == "cuda" else torch.default_generator
             generator.manual_seed(dropout_seed(self.seed, step, self.world.rank))  # type: ignore[attr-defined]
 
     def _run(self, idx: Tensor, targets: Tensor) -> None:
         self.loss = self._gradients(idx, targets)
         scaled_norm = parallel.total_norm(self.model)
-        scale = self.guard.scale.clone()  # the guard is about to change it
+        scale = self.guard.scale.clone()  # should_skip may change it
         self.norm = scaled_norm / scale
-        skip = self.guard.judge(self.step, self.loss, self.norm)
+        skip = self.guard.should_skip(self.step, self.loss, self.norm)
         grad_scale = scale
         if self.grad_clip:
             grad_scale = scale * torch.clamp((self.norm + 1e-6) / self.grad_clip, min=1.0)
         for optimizer in self.optimizers:
             optimizer.grad_scale, optimizer.found_inf = grad_scale, skip  # type: ignore[attr-defined]
             optimizer.step()
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.clear_gradients()
         if self.ema is not None:
             self.ema.update(skip, self.step)
         self.model.refresh_working_weights()
 
+    def clear_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def _gradients(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Leaves the gradient of s L in p.grad -> L, () float32."""
-        counts = (targets != IGNORE).sum((1, 2))
-        # Processes average their gradients: times their number, it is the sum.
+        """Leave the gradient of s L in p.grad -> L, () float32."""
+        counts = (targets != IGNORE_INDEX).sum((1, 2))  # (A,)
+        # DDP and FSDP2 average the gradients of processes; times world.size, that is the sum.
         weights = counts * self.world.size / parallel.sum_all(counts.sum(), self.world)
         total = torch.zeros((), device=idx.device)
         for i in range(len(idx)):
             with parallel.synchronise(self.module, i == len(idx) - 1):
-                loss = self._forward(idx[i], targets[i])
+                loss = self.forward(idx[i], targets[i])
                 (loss * (weights[i] * self.guard.scale)).backward()
             total = total + loss.detach() * weights[i]
         return parallel.sum_all(total, self.world) / self.world.size
 
-    def _forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        documents = None if self.document_id is None else (idx == self.document_id).cumsum(1)
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:  # (B, T) int64 each -> loss, ()
+        documents = None if self.document_id is None else (idx == self.document_id).cumsum(1)  # (B, T)
         return self.module(idx, targets, documents=documents)[1]
 
     def _capture(self, idx: Tensor, targets: Tensor) -> None:
-        """Record `_run`. Recording computes nothing, so the call that follows is this step's only one."""
+        """Record `_run`. Recording computes nothing: the replay that follows is this step."""
         self.static_idx, self.static_targets = idx.clone(), targets.clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -204,62 +206,11 @@ class Step:
         self.graph = graph
 
     def warm_up(self, idx: Tensor, targets: Tensor) -> float:
-        """Forward and backward once, for nothing but to compile the kernels -> seconds."""
+        """Run forward and backward once, only to compile the kernels -> seconds."""
         start = time.perf_counter()
         with parallel.synchronise(self.module, True):
-            self._forward(idx[0], targets[0]).backward()
-        for parameter in self.parameters:
-            parameter.grad = None
+            self.forward(idx[0], targets[0]).backward()
+        self.clear_gradients()
         if idx.is_cuda:
             torch.cuda.synchronize(idx.device)
         return time.perf_counter() - start
-
-    def examine(self, idx: Tensor, targets: Tensor, *, step: int) -> dict[str, Any]:
-        """Run the gradients of a step once more, to see where what is not finite comes from. The weights stay.
-
-        -> as JSON can carry it: the loss of each micro-step, the first module in the forward pass whose output is not
-        finite, and the parameters whose gradient is not.
-        """
-        self._seed(step)
-        losses, first = [], None
-        with _first_not_finite(self.model) as found:
-            for i in range(len(idx)):
-                with parallel.synchronise(self.module, i == len(idx) - 1):
-                    loss = self._forward(idx[i], targets[i])
-                    (loss * self.guard.scale).backward()
-                losses.append(loss.item())
-                if first is None and found:
-                    first = {"micro_step": i, "module": found[0]}
-        gradients = [name for name, p in self.model.named_parameters() if p.grad is not None and not _is_finite(p.grad)]
-        for parameter in self.parameters:
-            parameter.grad = None
-        return {
-            "losses": [loss if math.isfinite(loss) else str(loss) for loss in losses],
-            "first_module_not_finite": first,
-            "gradients_not_finite": gradients,
-        }
-
-
-@contextlib.contextmanager
-def _first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the modules whose outputs are not finite, in the order in which they ran."""
-    found: list[str] = []
-
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            if not all(_is_finite(t) for t in tensors if isinstance(t, Tensor)):
-                found.append(name)
-
-        return hook
-
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _is_finite(t: Tensor) -> bool:
-    return bool(torch.isfinite(t).all())

@@ -1,0 +1,167 @@
+"""The check of `python -m kernels check`: every kernel, in every family of cases, against float64 on this machine."""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ._backend import device_problem
+from ._proof import FAMILIES, Comparison, prove_family
+from ._registry import Case, all_specs
+from ._triton import HAS_TRITON, INTERPRET, triton
+
+
+def this_device() -> torch.device:
+    """The device that is checked: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe() -> list[str]:
+    """A few lines: device, versions, the backend that "auto" picks and the reason."""
+    python = f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    lines = [f"{python}, torch {torch.__version__}, {f'triton {triton.__version__}' if HAS_TRITON else 'no triton'}"]
+    if this_device().type == "cuda":
+        problem = device_problem("cuda", 0)
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            lines.append(
+                f"cuda:{i} {gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
+                f"{gpu.multi_processor_count} multiprocessors, {gpu.total_memory / 2**20:,.0f} MiB"
+            )
+    else:
+        problem = "there is no CUDA device"
+        lines.append(f"no CUDA device; CPU with {torch.get_num_threads()} threads")
+    if INTERPRET:
+        lines.append("TRITON_INTERPRET=1: the kernels are interpreted, one program after the other, by NumPy")
+    lines.append("backend auto picks: " + (f"eager, because {problem}" if problem else "triton"))
+    return [*lines, f"kernels: {', '.join(all_specs())}"]
+
+
+def _case_text(case: Case) -> str:
+    return " ".join(f"{k}={v}" for k, v in case.items() if k != "why")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `check` measured.
+
+    failures: one line for each comparison that failed and each case that could not run; failed: the (kernel, dtype)
+    pairs that they belong to; skipped: the number of cases that there was no time for.
+    """
+
+    comparisons: list[Comparison]
+    failures: list[str]
+    failed: set[tuple[str, torch.dtype]]
+    skipped: int
+    seconds: float
+    where: str
+
+    def line(self) -> str:
+        """The result in one line."""
+        result = f"{len(self.failures)} FAILED" if self.failures else "all within the rule"
+        result += f"; no time for {self.skipped} cases" if self.skipped else ""
+        return f"{len(self.comparisons)} comparisons with float64 on {self.where} in {self.seconds:.0f} s: {result}"
+
+    def table(self) -> list[str]:
+        """Per kernel and dtype the largest error / allowed error of each family of cases, and where it was."""
+        lines = [f"{'kernel':<22} {'dtype':<9}" + "".join(f"{name:>9}" for name in FAMILIES) + "  closest to its limit"]
+        groups: dict[tuple[str, torch.dtype], list[Comparison]] = {}
+        for comparison in self.comparisons:
+            groups.setdefault((comparison.kernel, comparison.case_dtype), []).append(comparison)
+        for kernel, dtype in sorted(groups, key=lambda group: group[0]):  # dtypes in the order of the check
+            group = groups[kernel, dtype]
+            worst = [max((c for c in group if c.family == name), key=_severity, default=None) for name in FAMILIES]
+            cells = "".join(f"{'-' if c is None else format(c.ratio, '.2f'):>9}" for c in worst)
+            top = max(group, key=_severity)
+            lines.append(f"{kernel:<22} {_dtype_name(dtype):<9}{cells}  {top.name}: {_case_text(top.case)}")
+        return lines
+
+    def report(self) -> list[str]:
+        """The table, the first failures and the result."""
+        more = len(self.failures) - 20
+        failures = [f"FAILED {line}" for line in self.failures[:20]] + ([f"and {more} more"] if more > 0 else [])
+        return [*self.table(), *failures, self.line()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole check, JSON-serialisable; schema 1."""
+        rows = [
+            {**asdict(c), "case": dict(c.case), "dtype": _dtype_name(c.dtype), "case_dtype": _dtype_name(c.case_dtype),
+             "passed": c.passed}
+            for c in self.comparisons
+        ]  # fmt: skip
+        return {
+            "schema": 1, "environment": describe(), "verdict": self.line(), "passed": not self.failures,
+            "failures": self.failures, "left_out": self.skipped, "rows": rows,
+        }  # fmt: skip
+
+
+def _severity(comparison: Comparison) -> float:
+    """The ratio, NaN being worse than any number."""
+    return float("inf") if comparison.ratio != comparison.ratio else comparison.ratio
+
+
+def check(
+    ops: list[str],
+    dtypes: list[torch.dtype],
+    device: torch.device,
+    *,
+    quick: bool = False,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> CheckResult:
+    """Prove kernels on a device in every family of cases, with a progress bar on a terminal.
+
+    quick: only the first case of each kernel. out_of_time: asked before each case; the rest is skipped once it returns
+    True, which is why a family goes through all kernels before the next one starts.
+    """
+    specs = all_specs()
+    jobs = [
+        (specs[name], dtype, family, case)
+        for family in FAMILIES
+        for dtype in dtypes
+        for name in ops
+        for case in (specs[name].cases[:1] if quick else specs[name].cases)
+    ]
+    comparisons: list[Comparison] = []
+    failures: list[str] = []
+    failed: set[tuple[str, torch.dtype]] = set()
+    skipped, started = 0, time.perf_counter()
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for done, (spec, dtype, family, case) in enumerate(jobs):
+            if out_of_time():
+                skipped = len(jobs) - done
+                break
+            job = f"{spec.name} {_dtype_name(dtype)} {family}"
+            progress.update(task, completed=done, description=f"{job} {_case_text(case)}")
+            try:
+                results = list(prove_family(family, spec, case, dtype, device))
+            except Exception as error:  # a kernel that cannot run has failed, and the others still get their turn
+                wrong = [f"{job} {_case_text(case)}: {type(error).__name__}: {error}"]
+            else:
+                comparisons += results
+                wrong = [
+                    f"{job} {_case_text(c.case)}: {c.name} is off by {c.error:.3e}, allowed {c.allowed:.3e}"
+                    for c in results
+                    if not c.passed
+                ]
+            failures += wrong
+            failed |= {(spec.name, dtype)} if wrong else set()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, interpreted"
+    return CheckResult(comparisons, failures, failed, skipped, time.perf_counter() - started, where)

@@ -1,0 +1,45 @@
+"""What a run ends with: a sample of text by its best weights, how good they are, and how to use them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from model import checkpoint, files
+from model.cli import UserError, clock
+from model.data import TokenData
+from model.evaluate import describe
+from model.generate import generate
+from model.gpt import GPT
+from model.tokenizer import Tokenizer
+from model.training.options import TrainConfig
+
+SAMPLE = "sample.txt"  # in the folder of a run
+PROMPT = "CHAPTER I. "
+SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 500, 0.6
+
+
+def print_summary(cfg: TrainConfig, folder: Path, tokens: TokenData, model: GPT, elapsed_s: float) -> None:
+    """Write SAMPLE with the best weights, on the device and in the dtype of `model`; print their loss."""
+    best = checkpoint.load(folder, "best").state
+    device = next(model.parameters()).device
+    best_model, tokenizer = checkpoint.load_model(folder, device, name="best", dtype=model.dtype)
+    prompt, sample = write_sample(best_model, tokenizer, tokens=SAMPLE_TOKENS, seed=cfg.seed)
+    files.write_atomic(folder / SAMPLE, sample + "\n")
+    print(f"\n{sample}\n")
+    print(f"{cfg.steps} steps in {clock(elapsed_s)}; the text above is by the best weights, of step {best['step']}")
+    print(f"validation {describe(best['val_loss'], len(tokens.val), tokens.meta['val']['bytes'])}")
+    print(f"curves and samples: {folder / 'report.html'}")
+    print(f'more text: python -m model.generate {shlex.quote(str(folder))} --prompt "{prompt}"')
+
+
+def write_sample(model: GPT, tokenizer: Tokenizer, *, tokens: int, seed: int) -> tuple[str, str]:
+    """Let the model continue PROMPT -> the prompt, and the whole text."""
+    # A byte-pair token includes the space before its word: a space at the end of the prompt would be one of its own.
+    prompt = PROMPT if tokenizer.name == "char" else PROMPT.rstrip()
+    try:
+        ids = tokenizer.encode(prompt)[-model.config.n_positions :]
+    except UserError:  # a character tokenizer of a text without these letters
+        ids, prompt = [tokenizer.eot_id], ""
+    new = generate(model, ids, tokens=tokens, temperature=SAMPLE_TEMPERATURE, top_k=40, seed=seed)
+    return prompt, prompt + tokenizer.decode(list(new))
