@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,21 +26,21 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(ABC):
     """A command that measures, prints each row and writes a report."""
 
     out: Path | None = None  # Report to write, such as runs/kernels.json; none by default.
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  # most refuse nothing
         """Raise UserError for options that make no sense."""
 
+    @abstractmethod
     def total(self, device: torch.device) -> int:
         """The number of groups, where nothing fails."""
-        raise NotImplementedError
 
+    @abstractmethod
     def groups(self, device: torch.device, report: Report) -> Iterator[list[Row]]:
         """Yield a list of rows for each group, as it is measured. report: gets who is missing, and the method."""
-        raise NotImplementedError
 
     def main(self) -> None:
         self.check()

@@ -26,6 +26,12 @@ from model.training.options import PRESETS as PRESETS_FOLDER
 from model.training.options import read_preset
 
 
+@pytest.fixture(autouse=True)
+def no_onednn(monkeypatch):
+    """Products without scratch: on CPUs with AVX512-FP16 oneDNN copies the operands of float16, on others it cannot."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+
+
 def predict(config, batch, context, dtype, backend="triton", **options) -> Memory:
     return MemoryModel(config, context, dtype, backend, **options).predict(batch)
 
