@@ -1,4 +1,4 @@
-"""Dropout, residual add and LayerNorm in one pass, forward and backward: what stands between two sub-layers of a GPT.
+"""Dropout, residual add and LayerNorm in one pass, forward and backward: the step between two sub-layers.
 
     z_mn = keep_mn / (1 - dropout_p)         h = residual + z x
     y = layer_norm(h) as in layer_norm.py, with its mean and rstd

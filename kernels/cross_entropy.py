@@ -36,7 +36,7 @@ def tile(V: int) -> dict[str, int]:
 
 @triton.jit
 def _logits_tile(x_ptrs, stride_xv, mask_m, offs_v, V, V_ROW):
-    """(BLOCK_M, BLOCK_V) float32 logits, -inf past V. V_ROW >= V: how far a row may be touched."""
+    """(BLOCK_M, BLOCK_V) float32 logits, -inf past V. V_ROW >= V: elements of a row that may be read."""
     mask = mask_m[:, None] & (offs_v < V_ROW)[None, :]
     x = tl.load(x_ptrs[:, None] + offs_v[None, :] * stride_xv, mask=mask, other=0.0).to(tl.float32)
     return tl.where((offs_v < V)[None, :], x, float("-inf"))
@@ -206,7 +206,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
 
     logits: (M, V), V >= 1, any strides, float32/float16/bfloat16; targets: (M,) int64 -> () float32. An ignored row
     has a gradient of zero. A logit of -inf is an impossible class.
-    ValueError if a shape or the targets' dtype is another. A target that is neither a class nor ignore_index raises
+    ValueError if a shape or the targets' dtype does not fit. A target that is neither a class nor ignore_index raises
     an IndexError in eager PyTorch on a CPU; the kernel, which cannot raise, makes the loss and that row's gradient NaN.
     """
     if logits.ndim != 2 or logits.shape[1] == 0:

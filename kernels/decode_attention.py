@@ -3,13 +3,14 @@
     s_j = sm_scale * q . k_j   for j < length            sm_scale = 1 / sqrt(D)
     lse = log sum_j exp(s_j)                             o = sum_j exp(s_j - lse) v_j
 
-over a part of the keys; the parts i = 1..splits of one query are then put together:
+over a part of the keys; then the parts i = 1..splits of a query are merged:
 
     lse = log sum_i exp(lse_i)                           o = sum_i exp(lse_i - lse) o_i
 
-One query does not fill a GPU, its keys do: each program takes one part (Dao, Haziza, Massa, Sizov 2023, "Flash-Decoding
-for long-context inference"). The number of parts follows from shapes and device alone. The lengths stay on the device,
-where each program finds its keys by them, so one CUDA graph fits every step; what lies past a length is never read.
+One query cannot fill a GPU, but its keys can: each program takes one part (Dao, Haziza, Massa, Sizov 2023,
+"Flash-Decoding for long-context inference"). The number of parts follows from shapes and device alone. The lengths stay
+on the device, where each program finds its keys by them, so one CUDA graph fits every step; what lies past a length is
+never read.
 The products are those of a matrix and one vector, which tensor cores would not speed up: float32 on the ordinary units.
 All in base 2, exp(x) = exp2(x log2 e), because the GPU has one instruction for exp2.
 
@@ -31,7 +32,7 @@ from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
 from .attention import why_unsupported
 
-MAX_SPLITS = 32  # one program puts them together, in registers
+MAX_SPLITS = 32  # one program merges them, in registers
 _PROGRAMS_PER_SM = 8  # of 128 threads each: enough loads in flight to keep the memory busy
 
 
@@ -92,7 +93,7 @@ def _decode_attention_kernel(
     v_ptr += b * stride_v[0] + h * stride_v[1]
     q = tl.load(q_ptr + b * stride_q[0] + h * stride_q[1] + cols * stride_q[2], mask=mask_d, other=0.0).to(tl.float32)
 
-    # Each row of the tile has its own online softmax over every BLOCK_N-th key; they meet once, after the loop.
+    # Each row of the tile has its own online softmax over every BLOCK_N-th key; they are merged once, after the loop.
     acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     m_i = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
     l_i = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -189,7 +190,7 @@ def _(q, k_cache, v_cache, lengths):
 
 
 def _eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
-    """PyTorch's own attention under a mask of what the lengths leave."""
+    """PyTorch's own attention under a mask made of the lengths."""
     if not lengths.is_cuda:  # the host reads them without waiting: no look at what no sequence has filled
         longest = max([0, *lengths.tolist()])
         k_cache, v_cache = k_cache[:, :, :longest], v_cache[:, :, :longest]
@@ -205,9 +206,9 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
 
     q: (B, H, D); k_cache, v_cache: (B, H, S, D), in q's dtype; any strides, float32/float16/bfloat16, D 1 to 256.
     lengths: (B,) int64 or int32, on the device of q, where they stay: 0 to S, less counts as 0 and more as S.
-    -> (B, H, D) in q.dtype, zeros for a sequence of length 0. What the cache holds past a length does not matter, were
-    it NaN. For inference: the kernel has no gradient, and PyTorch raises its own error where one is asked for.
-    ValueError for other shapes and dtypes. Dao et al. 2023, "Flash-Decoding for long-context inference".
+    -> (B, H, D) in q.dtype, zeros for a sequence of length 0. What the cache holds past a length does not matter, not
+    even NaN. For inference: the kernel has no gradient, and PyTorch raises its own error where one is asked for.
+    ValueError for shapes and dtypes that do not fit. Dao et al. 2023, "Flash-Decoding for long-context inference".
     """
     B, H, D = q.shape if q.ndim == 3 else (-1, -1, -1)
     if k_cache.ndim != 4 or (*k_cache.shape[:2], k_cache.shape[3]) != (B, H, D) or v_cache.shape != k_cache.shape:

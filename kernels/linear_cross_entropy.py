@@ -4,10 +4,10 @@
     g_iv = p_iv - [v = t_i], 0 in ignored rows
     dh = dloss / count * (g w)          dw = dloss / count * (g^T h)
 
-h and w are the function's x and weight. Rows go in chunks: a product puts the chunk's logits into a scratch buffer, a
-kernel reads the loss off them and overwrites them with g, two products take the gradients from g. They are ready when
-the forward pass ends (the idea of Liger-Kernel, arXiv 2410.10989); the backward pass only scales them. g carries no
-1 / count: in float16 most of it would be zero.
+h and w are the function's x and weight. Rows go in chunks: a product writes the chunk's logits into a scratch buffer, a
+kernel computes the loss from them and overwrites them with g, two products turn g into the gradients. The gradients are
+ready when the forward pass ends (the idea of Liger-Kernel, arXiv 2410.10989); the backward pass only scales them. g has
+no factor 1 / count: in float16 most of it would be zero.
 
 h: (M, C), its products in its dtype; w: (V, C) any floating dtype; t: (M,) int64; sums over chunks (dw) in float32.
 Work: 2MCV forward and 4MCV for both gradients. Bytes that must cross memory: h and w, and dh and dw.
@@ -189,7 +189,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     dtype; targets: (M,) int64 -> () float32. Targets as in `cross_entropy`: ignored rows, NaN for what is no class.
     The kernel's gradients are computed in the forward pass, where they are asked for: a loss whose backward pass is not
     run belongs under torch.no_grad().
-    ValueError if a shape or the targets' dtype is another.
+    ValueError if a shape or the targets' dtype does not fit.
     """
     if x.ndim != 2 or weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[1]:
         raise ValueError(
