@@ -35,6 +35,7 @@ from model import files
 from model.cli import UserError
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.tokenizer import FILE as TOKENIZER_FILE
 from model.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2
@@ -137,7 +138,22 @@ def load_model(
         model = GPT(config, dtype=dtype)
     (weights,) = checkpoint.parts.values()
     model.to_empty(device=device).load_state_dict(weights)
-    return model.eval(), load_tokenizer(run / "tokenizer")
+    return model.eval(), _own_tokenizer(run, config)
+
+
+def _own_tokenizer(run: Path, config: GPTConfig) -> Tokenizer:
+    """The tokenizer of a run. UserError if it has other ids than the model, or than the run's tokens."""
+    tokenizer, folder = load_tokenizer(run / "tokenizer"), run / "tokenizer"
+    if tokenizer.n_vocab != config.vocab_size:
+        other = f"it has {tokenizer.n_vocab:,} ids, and the model {config.vocab_size:,}"
+        raise UserError(f"{folder} is not the tokenizer of this model: {other}\ncopy the right one back")
+    if (run / "data" / TOKENIZER_FILE).exists():
+        of_data = load_tokenizer(run / "data")
+        if (of_data.name, of_data.fields()) != (tokenizer.name, tokenizer.fields()):
+            raise UserError(
+                f"{folder} is not the tokenizer of this model: it differs from {run / 'data'}\ncopy that one"
+            )
+    return tokenizer
 
 
 def check_model(checkpoint: Checkpoint, config: GPTConfig) -> None:

@@ -1,9 +1,14 @@
 """Text to token ids and back.
 
+    python -m model.tokenizer train corpus.txt --vocab-size 4096 --out vocabulary     # then --tokenizer vocabulary
+
 A tokenizer is saved as one JSON file, `tokenizer.json`, and read by `load_tokenizer`. TOKENIZERS lists the kinds:
 
-    char   one id for each character of the text that it was built from
-    gpt2   byte-pair encoding with GPT-2's 50,257 ids (Radford et al. 2019), computed by tiktoken
+    char     one id for each character of the text that it was built from
+    gpt2     byte-pair encoding with GPT-2's 50,257 ids (Radford et al. 2019)
+    bpe:N    byte-pair encoding with N ids, trained on the text (Sennrich et al. 2016) by Hugging Face's tokenizers
+
+Byte pairs are merged by tiktoken, within the pieces into which GPT-2's pattern splits a text.
 
 The last id of each is the end-of-text id, which separates documents. Encoding never returns it (the characters
 `<|endoftext|>` in a text are text), and it decodes to "".
@@ -21,18 +26,21 @@ import json
 import lzma
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import tiktoken
+import tyro
 
-from model.cli import UserError
+from model.cli import LiveLine, UserError, run
 from model.files import write_atomic
 
 FILE = "tokenizer.json"
 FORMAT = 1
+MAX_VOCAB = 1_000_000
 
 PIECE = (
     1 << 17
@@ -47,14 +55,20 @@ class Tokenizer(ABC):
     begins with a space, tab or newline, encode(a + b) == encode(a) + encode(b). Encoding is thread-safe.
     """
 
-    name: ClassVar[str]
+    kind: ClassVar[str]
+    learns: ClassVar[bool] = False  # whether `build` must see the training text alone
     n_vocab: int  # ids, including the end-of-text id
     eot_id: int  # end of text: n_vocab - 1
     _bytes: list[bytes]  # UTF-8 of each id
 
+    @property
+    def name(self) -> str:
+        """What --tokenizer takes for it."""
+        return self.kind
+
     @classmethod
-    def build(cls, texts: Iterable[str]) -> Tokenizer:
-        """A tokenizer for these texts; one that does not depend on them need not read them."""
+    def build(cls, texts: Iterable[str], size: str = "") -> Tokenizer:
+        """A tokenizer for these texts, which need not be read. size: what follows the colon of a name."""
         return cls()
 
     @classmethod
@@ -89,14 +103,14 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into `folder`, which is created if it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
-        fields = {"format": FORMAT, "name": self.name, **self.fields()}
+        fields = {"format": FORMAT, "name": self.kind, **self.fields()}
         write_atomic(folder / FILE, json.dumps(fields, indent=2) + "\n")
 
 
 class CharTokenizer(Tokenizer):
     """One id per character, in code point order, and the end-of-text id after the last."""
 
-    name = "char"
+    kind = "char"
 
     def __init__(self, chars: Iterable[str]) -> None:
         """chars: the alphabet in any order, with or without repeats, such as a text."""
@@ -110,7 +124,7 @@ class CharTokenizer(Tokenizer):
         self._ids[points] = np.arange(len(self.chars), dtype=np.uint32)
 
     @classmethod
-    def build(cls, texts: Iterable[str]) -> CharTokenizer:
+    def build(cls, texts: Iterable[str], size: str = "") -> CharTokenizer:
         seen = np.zeros(0x110000, dtype=bool)  # every Unicode code point
         for text in texts:
             seen[_code_points(text)] = True
@@ -140,34 +154,106 @@ class CharTokenizer(Tokenizer):
         return ids
 
 
-class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-level BPE: any text has ids, and 50256 is the end-of-text id."""
+class BytePairTokenizer(Tokenizer):
+    """Byte-level BPE: any text has ids, and the end-of-text id comes after the tokens."""
 
-    name = "gpt2"
-    n_vocab = 50257
-    eot_id = 50256
-
-    def __init__(self) -> None:
-        self._encoding = gpt2_encoding()
-        self._bytes = [*_read_vocabulary(), b""]
+    def __init__(self, tokens: Sequence[bytes], encoding: tiktoken.Encoding) -> None:
+        self.n_vocab, self.eot_id = len(tokens) + 1, len(tokens)
+        self._bytes = [*tokens, b""]
+        self._encoding = encoding
 
     def encode(self, text: str) -> list[int]:
         return [i for piece in pieces([text]) for i in self._encoding.encode_ordinary(piece)]
 
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The pair that each token beyond the single bytes is merged from, in order of their ids."""
+        ranks = {token: rank for rank, token in enumerate(self._bytes[: self.eot_id])}
+        return [_last_pair(token, ranks) for token in ranks if len(token) > 1]
 
-# Every kind of tokenizer by its name; a new one is added here.
-TOKENIZERS: dict[str, type[Tokenizer]] = {kind.name: kind for kind in (CharTokenizer, GPT2Tokenizer)}
+
+class GPT2Tokenizer(BytePairTokenizer):
+    """GPT-2's vocabulary, in which 50256 is the end-of-text id."""
+
+    kind = "gpt2"
+
+    def __init__(self) -> None:
+        super().__init__(_read_vocabulary(), gpt2_encoding())
+
+
+class TrainedTokenizer(BytePairTokenizer):
+    """A vocabulary that was trained on a text. tokenizer.json has its tokens in GPT-2's printable alphabet of bytes."""
+
+    kind = "bpe"
+    learns = True
+
+    def __init__(self, tokens: Sequence[bytes]) -> None:
+        """tokens: the 256 bytes in any order, then what they are merged to. ValueError for anything else."""
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        if len(ranks) != len(tokens) or sorted(tokens[:256]) != [bytes([i]) for i in range(256)]:
+            raise ValueError("the tokens must be the 256 bytes, then longer ones, each once")
+        for token, rank in ranks.items():
+            halves = ((token[:i], token[i:]) for i in range(1, len(token)))
+            if rank >= 256 and not any(max(ranks.get(a, rank), ranks.get(b, rank)) < rank for a, b in halves):
+                raise ValueError(f"{token!r} is not made of two tokens before it")
+        super().__init__(tokens, tiktoken.Encoding("bpe", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={}))
+
+    @property
+    def name(self) -> str:
+        return f"bpe:{self.n_vocab}"
+
+    @classmethod
+    def build(cls, texts: Iterable[str], size: str = "") -> TrainedTokenizer:
+        """Train on these texts. size: ids in all, at least 257, the bytes and the end-of-text id."""
+        if not (size.isdecimal() and 257 <= int(size) <= MAX_VOCAB):
+            raise UserError(f"--tokenizer bpe:{size}: give a number of ids from 257 to {MAX_VOCAB:,}, such as bpe:2048")
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # here: only training needs it
+
+        trained = Tokenizer(models.BPE())
+        trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits by GPT-2's pattern
+        trainer = trainers.BpeTrainer(
+            vocab_size=int(size) - 1, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )  # fmt: skip
+        trained.train_from_iterator(texts, trainer)
+        vocabulary = trained.get_vocab()
+        if len(vocabulary) < int(size) - 1:
+            most = len(vocabulary) + 1
+            raise UserError(
+                f"--tokenizer bpe:{size}: the training text has pairs for {most:,} ids only: give bpe:{most}"
+            )
+        return cls([_from_printable(token) for token in sorted(vocabulary, key=vocabulary.__getitem__)])
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> TrainedTokenizer:
+        return cls([_from_printable(token) for token in fields["tokens"]])
+
+    def fields(self) -> dict[str, Any]:
+        return {"tokens": [printable(token) for token in self._bytes[: self.eot_id]]}
+
+
+# Every kind of tokenizer; a new one is added here.
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    tokenizer.kind: tokenizer for tokenizer in (CharTokenizer, GPT2Tokenizer, TrainedTokenizer)
+}
 
 
 def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer called `name`, built for `texts`."""
-    if name not in TOKENIZERS:
-        raise UserError(f"unknown tokenizer {name!r}: choose one of {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[name].build(texts)
+    """The tokenizer called `name`, built for `texts`: "char", "gpt2", "bpe:N", or a folder in which one was saved."""
+    if (kind := tokenizer_kind(name)) is not None:
+        return kind.build(texts, name.partition(":")[2])
+    if Path(name).exists():
+        return load_tokenizer(Path(name) if Path(name).is_dir() else Path(name).parent)
+    raise UserError(f"unknown tokenizer {name!r}: choose char, gpt2, bpe:N, or the folder of a trained one")
+
+
+def tokenizer_kind(name: str) -> type[Tokenizer] | None:
+    """The class that builds the tokenizer called `name`; None if it is no name of a kind."""
+    kind, colon, _ = name.partition(":")
+    return None if bool(colon) != (kind == TrainedTokenizer.kind) else TOKENIZERS.get(kind)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote into `folder`."""
+    """The tokenizer that `Tokenizer.save` wrote into `folder`. UserError if it is missing or damaged."""
     path = folder / FILE
     try:
         fields = json.loads(path.read_bytes())
@@ -178,7 +264,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return TOKENIZERS[fields["name"]].from_fields(fields)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} has no tokenizer: there is no {FILE} in it") from None
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"{path} is damaged or not one of ours: restore it from a backup, or make it again") from None
 
 
@@ -231,6 +317,34 @@ def _some(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+# Byte pairs
+
+
+def _last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that are left when `token` is encoded by the tokens of lower rank."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_HIDDEN = [i for i in range(256) if i not in _VISIBLE]
+_PRINTABLE = {i: chr(i) for i in _VISIBLE} | {i: chr(256 + n) for n, i in enumerate(_HIDDEN)}
+_BYTES = {char: i for i, char in _PRINTABLE.items()}
+
+
+def printable(token: bytes) -> str:
+    """A token in the alphabet of GPT-2's vocab.json: a visible character for each byte, "Ġthe" for b" the"."""
+    return "".join(_PRINTABLE[i] for i in token)
+
+
+def _from_printable(token: str) -> bytes:
+    return bytes(_BYTES[char] for char in token)
+
+
 # GPT-2's vocabulary
 
 _VOCABULARY = Path(__file__).parent / "assets" / "gpt2-vocabulary.xz"
@@ -266,3 +380,47 @@ def _read_vocabulary(asset: Path = _VOCABULARY) -> tuple[bytes, ...]:
     if hashlib.sha256(text).hexdigest() != _VOCABULARY_SHA256:
         raise UserError(f"GPT-2's vocabulary {asset} is damaged: restore that file, or install the package again")
     return tokens
+
+
+# Training one
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a byte-pair vocabulary on text files, for --tokenizer FOLDER of train.py and model.data."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]]  # text files, or folders of .txt files
+    vocab_size: int = 4096  # ids, the 256 bytes and the end-of-text id included
+    out: Path = Path("vocabulary")  # folder for tokenizer.json
+
+
+Command = Annotated[Train, tyro.conf.subcommand("train")] | Annotated[None, tyro.conf.Suppress]
+
+
+def main(command: Train) -> None:
+    from model.data import books  # here, as it imports this module
+
+    if not command.files:
+        raise UserError("name at least one text file: python -m model.tokenizer train FILE ...")
+    if (command.out / FILE).exists():
+        raise UserError(f"{command.out} holds a tokenizer already: choose another folder with --out")
+    paths = [path for source in command.files for path in books.documents(source)]
+    n_bytes = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal n_bytes
+        for path in paths:
+            for text in pieces(books.clean(books.read(path))):
+                n_bytes += len(text.encode())
+                progress.advance(len(text.encode()))
+                yield text
+
+    with LiveLine("reading", sum(path.stat().st_size for path in paths), is_bytes=True, stderr=True) as progress:
+        tokenizer = TrainedTokenizer.build(texts(), str(command.vocab_size))
+    tokenizer.save(command.out)
+    print(f"{command.out / FILE}: {tokenizer.n_vocab:,} ids, trained on {n_bytes:,} bytes")
+    print(f"use it with --tokenizer {command.out}")
+
+
+if __name__ == "__main__":
+    run(main, Command, prog="python -m model.tokenizer")  # type: ignore[arg-type]

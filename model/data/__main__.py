@@ -21,7 +21,7 @@ class Prepare:
     folder: tyro.conf.Positional[Path]
     """Token folder to create; an older one of that name is replaced."""
     tokenizer: str = "gpt2"
-    """char (one token per character) or gpt2 (byte-pair encoding, 50,257 tokens)."""
+    """char (one token per character), gpt2 (its 50,257 byte pairs), bpe:N (N ids trained on the text), or a folder."""
     val_fraction: float = 0.1
     """Share of each text for validation, 0 to 1."""
     shard_tokens: int = SHARD_TOKENS

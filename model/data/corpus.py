@@ -29,7 +29,7 @@ from model.cli import LiveLine, UserError
 from model.data import books, shards
 from model.data.shards import BadShard, Shard, Tokens
 from model.tokenizer import FILE as TOKENIZER_FILE
-from model.tokenizer import PIECE, Tokenizer, build_tokenizer, load_tokenizer, pieces
+from model.tokenizer import PIECE, Tokenizer, build_tokenizer, load_tokenizer, pieces, tokenizer_kind
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -77,7 +77,7 @@ def open_source(source: Path, folder: Path, tokenizer: str, *, skip_bad_shards: 
     if (source / _META_FILE).is_file():
         meta = _read_meta(source)
         builder = load_tokenizer(source)
-        if builder.name != tokenizer:
+        if builder.name != tokenizer and (tokenizer_kind(tokenizer) or not _is_equal(builder, tokenizer)):
             raise UserError(f"{source} was made with --tokenizer {builder.name}, not {tokenizer}: give that one")
         here = source.absolute()
         entries = {s: [{**entry, "path": str(here / entry["path"])} for entry in meta[s]["shards"]] for s in SPLITS}
@@ -108,10 +108,11 @@ def prepare(
 ) -> TokenData:
     """Encode a text file, or the *.txt files of a folder, into the token folder `folder`, and open it.
 
-    tokenizer: "char" or "gpt2", or a ready one. The first int(characters * (1 - val_fraction)) characters of each
-    document, after `books.clean`, are train. shard_tokens: at most so many ids in a shard. The text is read twice (to
-    count, and to encode) in bounded memory. `folder` replaces an older token folder and appears only when it is
-    complete; a killed run leaves `<folder>.incomplete-...`, which may be deleted.
+    tokenizer: what `build_tokenizer` takes, or a ready one. The first int(characters * (1 - val_fraction)) characters
+    of each document, after `books.clean`, are train. shard_tokens: at most so many ids in a shard. The text is read
+    twice (to count, and to encode), and once more to train a vocabulary on what is train, in bounded memory. `folder`
+    replaces an older token folder and appears only when it is complete; a killed run leaves `<folder>.incomplete-...`,
+    which may be deleted.
     """
     if not 0 <= val_fraction <= 1:
         raise UserError(f"val_fraction is {val_fraction}: give the share of the text for validation, from 0 to 1")
@@ -120,7 +121,7 @@ def prepare(
     source, folder = Path(source), Path(folder).resolve()
     _refuse_other_folders(folder)
     paths = books.documents(source)
-    tokenizer, documents, n_bytes = _survey(paths, tokenizer)
+    tokenizer, documents, n_bytes = _survey(paths, tokenizer, 1 - val_fraction)
     with files.new_folder(folder, _incomplete(folder)) as partial:
         texts = _split_documents(documents, 1 - val_fraction)
         written = _write_tokens(texts, tokenizer, partial, shard_tokens, n_bytes)
@@ -262,6 +263,12 @@ def _incomplete(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.incomplete-{secrets.token_hex(4)}")
 
 
+def _is_equal(tokenizer: Tokenizer, path: str) -> bool:
+    """Whether the tokenizer saved at `path` is this one."""
+    other = build_tokenizer(path, ())
+    return (other.name, other.fields()) == (tokenizer.name, tokenizer.fields())
+
+
 def _progress(label: str, n_bytes: int) -> LiveLine:
     return LiveLine(label, max(n_bytes, 1), is_bytes=True, stderr=True)
 
@@ -269,8 +276,14 @@ def _progress(label: str, n_bytes: int) -> LiveLine:
 # Preparing
 
 
-def _survey(paths: list[Path], tokenizer: str | Tokenizer) -> tuple[Tokenizer, list[tuple[Path, int]], int]:
-    """First pass: build the tokenizer if need be, and count each document's characters and all UTF-8 bytes."""
+def _survey(
+    paths: list[Path], tokenizer: str | Tokenizer, train_fraction: float
+) -> tuple[Tokenizer, list[tuple[Path, int]], int]:
+    """First pass: build the tokenizer if need be, and count each document's characters and all UTF-8 bytes.
+
+    A vocabulary is trained on the training part in a pass of its own: the count says where that part ends.
+    """
+    learns = isinstance(tokenizer, str) and (kind := tokenizer_kind(tokenizer)) is not None and kind.learns
     documents: list[tuple[Path, int]] = []
 
     def texts() -> Iterator[str]:
@@ -286,10 +299,21 @@ def _survey(paths: list[Path], tokenizer: str | Tokenizer) -> tuple[Tokenizer, l
 
     with _progress("reading", sum(path.stat().st_size for path in paths)) as progress:
         stream = texts()
-        if isinstance(tokenizer, str):
+        if isinstance(tokenizer, str) and not learns:
             tokenizer = build_tokenizer(tokenizer, stream)
         deque(stream, maxlen=0)  # counts what the tokenizer did not need to see
-    return tokenizer, documents, int(progress.done)
+    n_bytes = int(progress.done)
+    if isinstance(tokenizer, str):
+        with _progress("training the vocabulary", n_bytes) as progress:
+            tokenizer = build_tokenizer(tokenizer, _training_texts(documents, train_fraction, progress))
+    return tokenizer, documents, n_bytes
+
+
+def _training_texts(documents: list[tuple[Path, int]], train_fraction: float, progress: LiveLine) -> Iterator[str]:
+    for _, split, text in _split_documents(documents, train_fraction):
+        progress.advance(len(text.encode()))
+        if split == "train":
+            yield text
 
 
 def _blocks(path: Path) -> Iterator[str]:

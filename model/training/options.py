@@ -45,7 +45,7 @@ class TrainConfig:
     checkpoint: str = "last"  # with --resume, where to resume from: last, best, or a name such as step-00000100
     or_resume: bool = False  # resume the run in --out if it exists: for schedulers that restart a command
 
-    tokenizer: str  # char (one token per character) or gpt2 (byte-pair encoding, 50,257 tokens)
+    tokenizer: str  # char (one per character), gpt2 (50,257 byte pairs), bpe:N (N ids, trained on --data), or a folder
     n_layer: int  # transformer blocks
     n_head: int  # attention heads; divides --n-embd
     n_embd: int  # width of the model, channels
