@@ -2,6 +2,7 @@
 
     python train.py                                          # what fits this machine, on Book/: minutes on a laptop
     python train.py --preset gpt2-124M --data corpus.txt     # GPT-2 124M on a GPU
+    python train.py --minutes 5 --until-loss 1.4             # as many steps as fit, or until the loss is low enough
     python train.py --resume runs/tiny --steps 4000          # resume, bit for bit as if the run had never stopped
     torchrun --nproc-per-node 8 train.py --preset gpt2-124M --data shards --out runs/a      # on eight GPUs
 
@@ -17,7 +18,6 @@ import model  # noqa: F401  # before torch: it sets how OpenMP waits
 import contextlib
 import math
 import os
-import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,10 +34,12 @@ from model.evaluate import evaluate
 from model.gpt import GPT, num_parameters
 from model.report import page
 from model.training import memory, optim, parallel, profiling, run_folder
+from model.training.deadline import Deadline
 from model.training.failure import Diverged, stop_diverged, torch_errors_as_user_errors
 from model.training.log import Log
 from model.training.options import ALIASES, TrainConfig, default_config, pick_dtype, stored_config
 from model.training.parallel import World
+from model.training.run_folder import resume_command
 from model.training.step import Guard, Step
 from model.training.summary import SAMPLE, print_summary, write_sample
 
@@ -74,13 +76,15 @@ def set_up_device(cfg: TrainConfig, world: World) -> TrainConfig:
 class Run:
     """A run that is about to train, its folder locked. Every process has one.
 
-    sequences: per step, over all processes. saved: the checkpoint to resume from, None for a new run. to_validate: the
-    run ended between saving that checkpoint and computing its validation loss.
+    sequences: per step, over all processes. steps: of the whole run, 0 as long as --minutes has not set them. saved:
+    the checkpoint to resume from, None for a new run. to_validate: the run ended between saving that checkpoint and
+    computing its validation loss.
     """
 
     folder: Path
     tokens: data.TokenData
     sequences: int
+    steps: int
     saved: checkpoint.Checkpoint | None = None
     to_validate: bool = False
 
@@ -113,7 +117,7 @@ def start_run(cfg: TrainConfig, world: World, stack: contextlib.ExitStack) -> Ru
     # Refuse a text that is too short before the model is built.
     data.get_batch(tokens.train, context=cfg.context, seed=0, step=0, rows=range(1))
     data.windows(tokens.val, cfg.context, batch_size=1)
-    return Run(folder, tokens, cfg.sequences)
+    return Run(folder, tokens, cfg.sequences, steps=0 if cfg.minutes else cfg.steps)
 
 
 def resume_run(cfg: TrainConfig, world: World, folder: Path, stack: contextlib.ExitStack) -> Run | None:
@@ -124,25 +128,25 @@ def resume_run(cfg: TrainConfig, world: World, folder: Path, stack: contextlib.E
         checkpoint.remove_partial(folder)
     parallel.barrier(world)  # no process reads while the folder is cleaned
     saved = checkpoint.load(folder, cfg.checkpoint)
-    done = saved.state["step"]
-    to_validate = saved.state["val_loss"] is None and (done % cfg.eval_every == 0 or done == cfg.steps)
-    if done > cfg.steps:
+    done, val_loss = saved.state["step"], saved.state["val_loss"]
+    steps = stored.steps if cfg.minutes else cfg.steps
+    to_validate = val_loss is None and (done % cfg.eval_every == 0 or done == steps)
+    if done > steps > 0:
         raise UserError(
-            f"--steps {cfg.steps} is less than the {done} that {folder} has done: give a larger --steps, or omit it"
+            f"--steps {steps} is less than the {done} that {folder} has done: give a larger --steps, or omit it"
         )
-    if done == cfg.steps and not to_validate and (folder / SAMPLE).exists():
-        print(f"{folder} is finished after {done} steps; for more: {resume_command(folder)} --steps {2 * done}")
+    reached = cfg.is_reached(val_loss)
+    if (reached or (done == steps and not to_validate)) and (folder / SAMPLE).exists():
+        loss = f" with a validation loss of {val_loss:.4f}" if reached else ""
+        more = " --until-loss 0" * reached + f" --steps {2 * done}" * (done == steps)
+        print(f"{folder} is finished after {done} steps{loss}; for more: {resume_command(folder)}{more}")
         return None
     tokens = data.load(folder / "data")
     checkpoint.check_model(saved, cfg.gpt_config(tokens.tokenizer.n_vocab))
     if world.rank == 0:
         (folder / SAMPLE).unlink(missing_ok=True)  # it is written when the run is finished
         run_folder.truncate_metrics(folder, done, keep_validation=not to_validate)
-    return Run(folder, tokens, stored.sequences, saved, to_validate)
-
-
-def resume_command(folder: Path) -> str:
-    return f"python train.py --resume {shlex.quote(str(folder))}"
+    return Run(folder, tokens, stored.sequences, steps, saved, to_validate)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -151,7 +155,7 @@ def resume_command(folder: Path) -> str:
 def train(cfg: TrainConfig, world: World, run: Run) -> None:
     """Train from the first step, or from a checkpoint, to the last."""
     config = cfg.gpt_config(run.tokens.tokenizer.n_vocab)
-    cfg = memory.fit_batch(cfg, config, world, run.sequences)
+    cfg = memory.fit_batch(replace(cfg, steps=run.steps), config, world, run.sequences)
     batch_size = run.sequences // cfg.grad_accum
     needs, limit = memory.memory_model(cfg, config, world)
     with torch_errors_as_user_errors(lambda: memory.out_of_memory(needs, limit, batch_size, run.sequences)):
@@ -168,10 +172,10 @@ class Trainer:
         self.start_step = saved.state["step"] if saved else 0
         self.best_val_loss: float | None = saved.state["best_val_loss"] if saved else None
         self.saved_at = self.start_step if saved else None
+        self.is_reached = saved is not None and cfg.is_reached(saved.state["val_loss"])
         self.config = cfg.gpt_config(self.tokens.tokenizer.n_vocab)
-        accumulate = len(self.rows) > self.micro_batch or world.size > 1
         needs, limit = memory.memory_model(cfg, self.config, world)
-        needs = replace(needs, accumulate=accumulate)
+        needs = replace(needs, accumulate=len(self.rows) > self.micro_batch or world.size > 1)
         self.memory = memory.check_memory(cfg, needs, limit, self.micro_batch, run.sequences).describe(limit)
 
         # Model
@@ -199,24 +203,22 @@ class Trainer:
                 parallel.scatter(self.ema.tensors, saved.parts["ema"])
 
         self.train_step = Step(
-            self.model,
-            module,
-            self.optimizers,
-            self.guard,
-            world,
-            grad_clip=cfg.grad_clip,
-            seed=cfg.seed,
+            self.model, module, self.optimizers, self.guard, world, grad_clip=cfg.grad_clip, seed=cfg.seed,
             document_id=self.tokens.tokenizer.eot_id if cfg.document_mask else None,
-            ema=self.ema,
-            graph=cfg.uses_graph(world),
-        )
-        if world.rank == 0:
-            run_folder.store_config(self.folder, cfg.run_options(), self.config)
-        elapsed_s = saved.state["elapsed_s"] if saved else 0.0
-        self.log = Log(
-            self.folder, cfg, self.config, world,
-            sequences=run.sequences, done=self.start_step, elapsed_s=elapsed_s, publish=page.write,
+            ema=self.ema, graph=cfg.uses_graph(world),
         )  # fmt: skip
+        self.log = Log(
+            self.folder, cfg, self.config, world, sequences=run.sequences, done=self.start_step,
+            elapsed_s=saved.state["elapsed_s"] if saved else 0.0, publish=page.write,
+        )  # fmt: skip
+        self.set_steps(cfg.steps)
+        self.deadline = Deadline(cfg, world, self.log.elapsed_s, self.start_step)
+
+    def set_steps(self, steps: int) -> None:
+        """Set the number of steps of the run, also for when it is resumed."""
+        self.cfg = self.log.cfg = replace(self.cfg, steps=steps)
+        if self.world.rank == 0:
+            run_folder.store_config(self.folder, self.cfg.run_options(), self.config)
 
     def run(self) -> None:
         cfg, world = self.cfg, self.world
@@ -238,40 +240,50 @@ class Trainer:
             if self.to_validate:
                 self.validate(self.start_step)
 
-            for step in range(self.start_step + 1, cfg.steps + 1):
+            step = self.start_step
+            while step != self.cfg.steps and not self.is_reached:
+                step += 1
                 idx, targets = next(loader)  # (A, B, T) int64 each, A micro-steps
                 if world.device.type == "cuda" and step == self.start_step + 1:
                     print(f"kernels ready in {self.train_step.warm_up(idx, targets):.1f} s", flush=True)
-                self.train_step(idx, targets, step=step, lr=cfg.lr_at(step))
+                lr = self.cfg.lr_at(step)
+                self.train_step(idx, targets, step=step, lr=lr)
                 profile_step()
 
-                stop, save = parallel.any_rank(signals.take(), world)
-                last = step == cfg.steps
-                validate = last or step % cfg.eval_every == 0
-                save |= stop or last or step % cfg.save_every == 0
-                if validate or save or step == 1 or step % cfg.log_every == 0:
+                flags = [*signals.take(), self.deadline.is_measured(step), self.deadline.is_over()]
+                stop, save, measured, over = parallel.any_rank(flags, world)
+                if over:
+                    self.set_steps(step)
+                last = step == self.cfg.steps
+                choose = measured and not (stop or last)
+                validate = last or choose or step % cfg.eval_every == 0
+                save |= stop or last or choose or step % cfg.save_every == 0
+                if validate or save or step in (1, self.deadline.first_step) or step % cfg.log_every == 0:
                     # .item() waits for the device: only for these steps.
                     if self.guard.bad_step > 0:
                         batch = self.rows, self.micro_batch
-                        stop_diverged(self.train_step, cfg, self.folder, self.tokens.train, batch, self.gather_state())
-                    loss, norm, skipped = (
-                        self.train_step.loss.item(),
-                        self.train_step.norm.item(),
-                        int(self.guard.skipped),
-                    )
-                    self.log.training(step, loss=loss, grad_norm=norm, lr=cfg.lr_at(step), skipped=skipped)
+                        parts = self.gather_state()
+                        stop_diverged(self.train_step, self.cfg, self.folder, self.tokens.train, batch, parts)
+                    loss, norm = self.train_step.loss.item(), self.train_step.norm.item()
+                    self.log.training(step, loss=loss, grad_norm=norm, lr=lr, skipped=int(self.guard.skipped))
                     if save:
-                        self.save(step)
+                        self.deadline.timed("checkpoint", self.save, step)
+                    if choose and world.device.type == "cuda":
+                        self.measure()  # it compiles what the next one is timed without
                     if validate and (last or not stop):  # after a request to stop, the resumed run validates
-                        self.validate(step)
+                        self.deadline.timed("evaluation", self.validate, step)
+                    if choose and not self.is_reached:
+                        self.set_steps(parallel.broadcast(self.deadline.choose_steps(step), world))
+                        self.log.line.print(self.deadline.describe(self.cfg.steps))
                     # The other ranks wait here for what rank 0 does alone, with a timeout of hours.
                     parallel.barrier(world)
                     self.log.restart_clock(step)
+                    self.deadline.begin(step)
                 if stop and not last:
                     self.log.line.print(f"stopped and saved at step {step}; resume: {resume_command(self.folder)}")
                     raise SystemExit(128 + signals.number())
         if world.rank == 0:
-            print_summary(cfg, self.folder, self.tokens, self.model, self.log.elapsed_s())
+            print_summary(self.cfg, self.folder, self.tokens, self.model, step, self.log.elapsed_s())
 
     def print_header(self) -> None:
         cfg, world = self.cfg, self.world
@@ -281,8 +293,8 @@ class Trainer:
         print(f"{cfg.data} | {len(self.tokens.train):,} tokens for training, {len(self.tokens.val):,} for validation")
         print(self.memory, flush=True)
 
-    def validate(self, step: int) -> None:
-        """Log the validation loss and a sample of text; of the averaged weights, if there are any."""
+    def measure(self) -> tuple[float, str | None]:
+        """The validation loss and a sample of text; of the averaged weights, if there are any."""
         cfg = self.cfg
         with self.ema.swapped() if self.ema else contextlib.nullcontext():
             self.model.refresh_working_weights()
@@ -294,17 +306,22 @@ class Trainer:
             if cfg.sample_tokens and (self.world.rank == 0 or cfg.parallel == "fsdp"):  # sharded, all ranks take part
                 _, sample = write_sample(self.model, self.tokens.tokenizer, tokens=cfg.sample_tokens, seed=cfg.seed)
         self.model.refresh_working_weights()
+        return parallel.broadcast(val_loss, self.world), sample
+
+    def validate(self, step: int) -> None:
+        val_loss, sample = self.measure()
         if not math.isfinite(val_loss):
             raise Diverged(f"the validation loss is {val_loss} at step {step}", self.folder)
         is_best = self.best_val_loss is None or val_loss < self.best_val_loss
         self.best_val_loss = val_loss if is_best else self.best_val_loss
+        self.is_reached = self.cfg.is_reached(val_loss)
         self.log.validation(step, val_loss, is_best=is_best)
         if sample is not None:
             self.log.sample(step, sample)
-        if is_best and self.saved_at != step:
+        if (is_best or self.is_reached) and self.saved_at != step:
             self.save(step)
         if self.world.rank == 0 and self.saved_at == step:
-            checkpoint.record_validation(self.folder, step, val_loss, cfg.keep_last)
+            checkpoint.record_validation(self.folder, step, val_loss, self.cfg.keep_last)
         self.log.publish()
 
     def save(self, step: int) -> None:

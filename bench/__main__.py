@@ -1,4 +1,4 @@
-"""python -m bench: measure kernels, training and generation on this machine, and compare reports of it."""
+"""python -m bench: measure kernels, training, its time to a loss, and generation on this machine; compare reports."""
 
 import os
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from bench.generate import Generate
 from bench.gpu import Gpu
 from bench.kernels import Kernels
 from bench.memory import Memory
+from bench.quality import Quality
 from bench.record import read_reports
 from bench.static import Static
 from bench.train_step import Train
@@ -44,7 +45,8 @@ class Show:
             print(report.markdown([*reports.values()]))
 
 
-Command = Kernels | Train | Generate | Memory | Static | Gpu | Annotated[Show, tyro.conf.subcommand("report")] | Compare
+Shown = Annotated[Show, tyro.conf.subcommand("report")]
+Command = Kernels | Train | Quality | Generate | Memory | Static | Gpu | Shown | Compare
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -43,6 +43,10 @@ class Measurement(ABC):
         """Yield a list of rows for each group, as it is measured. report: gets who is missing, and the method."""
 
     def main(self) -> None:
+        self.measure()
+
+    def measure(self) -> Report:
+        """Print each row, and write the report after each group."""
         self.check()
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         report = start_report(device, self.out)
@@ -58,6 +62,7 @@ class Measurement(ABC):
         if self.out:
             report.write(self.out)
             print(f"report: {self.out}  (python -m bench report {self.out})")
+        return report
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,8 @@ def typed(args: list[str]) -> str:
     """The command that was typed, without the paths of this machine."""
     words = ["python", "-m", "bench"]
     for before, word in zip(["", *args], args, strict=False):
-        if word != "--out" and before != "--out":
-            words.append("nanoGPT" if before == "--nanogpt" else word)
+        if not {word, before} & {"--out", "--runs"}:
+            words.append("nanoGPT" if before == "--nanogpt" else Path(word).name if before == "--data" else word)
     return shlex.join(words)
 
 

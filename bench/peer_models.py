@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.cli import UserError
 from model.config import ACTIVATIONS, GPTConfig
 from model.gpt import GPT
 
@@ -40,6 +41,13 @@ def _absent(name: str, device: torch.device, config: GPTConfig, nanogpt: Path | 
         if not importlib.util.find_spec(package):
             return f"the package {package} is not installed"
     return "" if config.bias else "transformers' GPT-2 has biases, and this model has none"
+
+
+def require_nanogpt(folder: Path | None, *files: str) -> None:
+    """UserError for a folder that lacks one of these files of a nanoGPT checkout."""
+    for name in files:
+        if folder is not None and not (folder / name).is_file():
+            raise UserError(f"{folder} is no checkout of nanoGPT: it has no {name}")
 
 
 def transformers_gpt2(model: GPT) -> nn.Module:

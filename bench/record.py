@@ -57,7 +57,7 @@ class Row:
     """One provider on one thing that was measured. metrics: numbers derived or measured with the time, named with their
     unit: gb_per_s, floor (what the measured roofs allow, over the median), host_ms, peak_mib, tokens_per_s, mfu, ..."""
 
-    kind: str  # "kernels", "train", "generate", "memory"; "micro": of a pytest-benchmark file
+    kind: str  # "kernels", "train", "generate", "memory", "quality"; "micro": of a pytest-benchmark file
     params: dict[str, Any]  # in reading order: op, case, dtype, mode; or preset, batch, context, ...
     provider: str
     clock: str = ""  # of timing.py; "" without times

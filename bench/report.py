@@ -28,6 +28,10 @@ _RATIO = (
     f"▲ ours was {_MARKS}"
 )
 _SPEED = f"▲ the provider was {_MARKS}"
+_QUALITY = (
+    "Mean and standard deviation over the runs that reached the loss, one a seed. The time is that of steps, "
+    "evaluations and checkpoints, up to the end of the evaluation."
+)
 _EAGER = "No Triton kernel was timed here: ours are this project's functions, which run PyTorch's operators, as eager."
 _LEGEND = (
     "In the charts of ratios a dot is a case: ● ours faster, ▼ slower, ▮ neither; its line is p20 to p80 of the "
@@ -35,7 +39,7 @@ _LEGEND = (
     "faster, of all."
 )
 _SPREAD_COLUMNS = 4  # with more providers p20 and p80 do not fit into a line of Markdown
-_COMMANDS = {kind: f"python -m bench {kind}" for kind in ("kernels", "train", "generate", "memory")}
+_COMMANDS = {kind: f"python -m bench {kind}" for kind in ("kernels", "train", "generate", "memory", "quality")}
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Section:
 def sections(report: Report, anchor: str) -> list[Section]:
     """The content of a report in order. anchor: prefix of the ids of its headings."""
     made = [*_kernels(report, anchor), *_train(report, anchor), _generate(report, anchor), _memory(report, anchor)]
+    made.append(_quality(report, anchor))
     kinds = dict.fromkeys(row.kind for row in report.rows if row.seconds and row.kind not in _COMMANDS)
     for i, kind in enumerate(kinds):
         made.append(Section(kind, f"{anchor}-other{i}", tables=[tables.other_table(report, kind)]))
@@ -117,6 +122,11 @@ def _memory(report: Report, anchor: str) -> Section:
     if section.figures:
         section.notes = ["Predicted by part, and the measured peak, in GiB; dashed lines are the sizes of cards."]
     return section
+
+
+def _quality(report: Report, anchor: str) -> Section:
+    made = tables.quality_tables(report)
+    return Section("Training to a loss", f"{anchor}-quality", notes=[_QUALITY] if made else [], tables=made)
 
 
 def _missing(report: Report, anchor: str) -> Section:
@@ -198,7 +208,8 @@ def _readme_pick(report: Report, kind: str) -> list[Table]:
     if kind == "train":  # of each setting the largest batch, which is the last one
         last = {(g.label("batch"), g.clock): g for g in tables.groups(report, "train")}
         return [tables.train_table(group, report, parts=()) for group in last.values()]
-    return tables.generate_tables(report) if kind == "generate" else tables.memory_tables(report)
+    picked = {"generate": tables.generate_tables, "memory": tables.memory_tables, "quality": tables.quality_tables}
+    return picked[kind](report)
 
 
 def _readme_kernels(report: Report) -> list[Table]:
@@ -251,6 +262,8 @@ def line(row: Row) -> str:
     if row.error:
         return f"{head} {row.error}"
     time = f"{num(row.ms()):>8} ms ({num(row.ms(20))} to {num(row.ms(80))})" if row.seconds else ""
+    if row.kind == "quality":
+        time = f"{num(row.seconds[0]):>8} s"
     return f"{head} {time:<32} {'  '.join(_metrics(row))}".rstrip()
 
 
@@ -262,4 +275,7 @@ def _metrics(row: Row) -> list[str]:
     words = [f"{num(m[name])} {unit}" for name, unit in rates.items() if m.get(name)]
     words += [f"{percent(m[name])} {of}" for name, of in (("floor", "of floor"), ("mfu", "MFU")) if name in m]
     words += [f"host {num(m['host_ms'])} ms"] if "host_ms" in m else []
+    if "bits_per_byte" in m:
+        words += [f"{m['step']:,.0f} steps", f"{m['tokens']:,.0f} tokens", f"loss {m['loss']:.4f}"]
+        words += [f"{m['bits_per_byte']:.4f} bits per byte"]
     return words + [f"{word} {num(m[f'{word}_mib'])} MiB" for word in ("peak", "predicted") if f"{word}_mib" in m]

@@ -8,7 +8,7 @@ more than four fifths of the rounds, = otherwise.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +30,11 @@ _ORDER = (
     "flex", "liger", "cce", "cce_exact", "fla", "hf", "hf_static", "hf+liger", "nanogpt",
 )  # fmt: skip
 _CLOCKS = ("events", "graph", "wall")
+# Columns of training runs: head, metric, format.
+QUALITY: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("s of steps", "steps_s", num), ("steps", "step", "{:,.0f}".format), ("tokens", "tokens", "{:,.0f}".format),
+    ("validation loss", "loss", "{:.4f}".format), ("bits per byte", "bits_per_byte", "{:.4f}".format),
+)  # fmt: skip
 _STATES = {
     "sm_mhz": "MHz, multiprocessors", "memory_mhz": "MHz, memory", "watts": "W", "celsius": "°C", "load": "load",
 }  # fmt: skip
@@ -272,6 +277,40 @@ def memory_tables(report: Report) -> list[Table]:
         columns["measured / predicted"] = [cell(peak / size if peak and size else None) for size, peak in sizes]
         made.append(table(f"{preset} {dtype}, context {context}", columns, 2))
     return made
+
+
+def quality_tables(report: Report) -> list[Table]:
+    """Training runs to a loss, or for a time: a row for each provider with the means over its seeds."""
+    settings: dict[str, dict[str, list[Row]]] = {}
+    for row in report.rows:
+        if row.kind == "quality":
+            settings.setdefault(params_text(row.params), {}).setdefault(row.provider, []).append(row)
+    made = []
+    for setting, providers in settings.items():
+        timed = {name: [row for row in rows if row.seconds] for name, rows in providers.items()}
+        columns = {
+            "provider": [Cell(name) for name in providers],
+            "runs": [Cell(f"{len(timed[name])} of {len(rows)}") for name, rows in providers.items()],
+            "time, s": [_mean([row.seconds[0] for row in rows]) for rows in timed.values()],
+        }
+        for head, name, show in QUALITY:
+            columns[head] = [_mean([row.metrics[name] for row in rows], show) for rows in timed.values()]
+        made.append(table(setting, columns))
+    return made
+
+
+def _mean(values: Sequence[float], show: Callable[[float], str] = num) -> Cell:
+    """Mean and standard deviation, with the lowest and the highest."""
+    if not values:
+        return Cell(NONE)
+    span = f"{show(min(values))}{NONE}{show(max(values))}" if len(values) > 1 else ""
+    return Cell(mean_text(values, show), statistics.mean(values), span=span)
+
+
+def mean_text(values: Sequence[float], show: Callable[[float], str] = num) -> str:
+    """Mean, and standard deviation where there are several values: ``151 ± 3.20``."""
+    mean = show(statistics.mean(values))
+    return f"{mean} ± {show(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def other_table(report: Report, kind: str) -> Table:

@@ -100,8 +100,7 @@ class Train(command.Timed):
         command.require_model(self.preset, self.batch, self.context)
         command.pick("provider", self.provider, PROVIDERS)
         command.require_positive(seconds=self.seconds)
-        if self.nanogpt is not None and not (self.nanogpt / "model.py").is_file():
-            raise UserError(f"{self.nanogpt} is no checkout of nanoGPT: it has no model.py")
+        peer_models.require_nanogpt(self.nanogpt, "model.py")
 
     def total(self, device: torch.device) -> int:
         return len(self.batch)

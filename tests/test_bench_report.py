@@ -479,7 +479,9 @@ def test_output_is_deterministic(reports, page, text):
 def test_readme_tables_show_the_reports(reports):
     gpu, cpu = reports
     parts = report.readme_tables({"bench/results/gpu.json": gpu, "bench/results/cpu.json": cpu})
-    assert list(parts) == ["bench kernels", "bench train", "bench generate", "bench memory"]
+    assert list(parts) == [
+        "bench kernels", "bench train", "bench generate", "bench memory", "bench quality"
+    ]  # fmt: skip
     for kind, part in parts.items():
         assert report.NO_GPU not in part and f"`python -m {kind}`" in part and "(bench/results/cpu.json)" in part
     assert "batch=64" in parts["bench train"] and "batch=16" not in parts["bench train"]

@@ -89,7 +89,7 @@ def _axis(name: str, most: float) -> tuple[str, float]:
 
 def _results(runs: list[History]) -> Table:
     """The results of each run; the lowest validation loss is marked."""
-    lowest = min((run.best[1] for run in runs if run.best), default=math.nan)
+    lowest, common = min((run.best[1] for run in runs if run.best), default=math.nan), _common_loss(runs)
     loss, integer = "{:.4f}".format, "{:,.0f}".format
     rows = []
     for i, run in enumerate(runs):
@@ -104,12 +104,19 @@ def _results(runs: list[History]) -> Table:
             "training loss, smoothed": cell(charts.smooth(losses, run.reach)[-1] if len(losses) else None, loss),
             "steps": Cell(f"{run.done:,}" + (f" of {run.steps:,}" if run.done < run.steps else ""), run.done),
             "tokens": cell(run.last("tokens"), abbreviate),
+            f"time to {common:.2f}": cell(run.seconds_to(common), clock),
             "tokens/s, median": cell(float(np.median(rates)) if len(rates) else None),
             "time": cell(run.last("elapsed_s"), clock),
             "peak MiB": cell(run.most("peak_mib"), integer),
             "parameters": cell(parameters(run.model), integer),
         })  # fmt: skip
     return table("Runs", {head: [row[head] for row in rows] for head in rows[0]})
+
+
+def _common_loss(runs: list[History]) -> float:
+    """The lowest validation loss, in hundredths, that every run has reached; NaN if the losses are not comparable."""
+    comparable = len(runs) > 1 and all(run.best for run in runs) and len({run.model.vocab_size for run in runs}) == 1
+    return math.ceil(100 * max(run.best[1] for run in runs if run.best)) / 100 if comparable else math.nan
 
 
 def _differences(runs: list[History]) -> Table:

@@ -19,10 +19,10 @@ from model.report import charts
 from model.report.charts import Curve, num
 from model.training.run_folder import CONFIG, METRICS, SAMPLES
 
-# skipped (steps) and elapsed_s are counted from the beginning of the run
+# skipped (steps) and elapsed_s are counted from the beginning of the run; reached: the --until-loss that ended it there
 COLUMNS = (
     "step", "tokens", "loss", "val_loss", "lr", "grad_norm", "step_ms", "tok_per_s", "mfu", "peak_mib", "skipped",
-    "elapsed_s",
+    "reached", "elapsed_s",
 )  # fmt: skip
 AXES = {"step": "steps", "tokens": "tokens", "elapsed_s": "time"}
 LARGE = {"billion": 1e9, "million": 1e6}
@@ -51,12 +51,27 @@ class History:
 
     @property
     def steps(self) -> int:
-        """The number of steps the run will have."""
-        return self.options["steps"]
+        """The number of steps the run will have; an estimate, as long as --minutes has not set it."""
+        if steps := self.options["steps"]:
+            return steps
+        pace = self.done / (self.last("elapsed_s") or math.inf)
+        return max(self.done + 1, round(pace * 60 * self.options["minutes"]))
 
     @property
     def done(self) -> int:
         return int(self.columns["step"][-1]) if len(self) else 0
+
+    @property
+    def at_goal(self) -> bool:
+        """Whether the run has ended at --until-loss."""
+        rows, goal = self.rows("val_loss"), _number(self.options.get("until_loss"))
+        if not len(rows) or self.columns["step"][rows[-1]] < self.done:
+            return False
+        return bool(goal > 0 and self.columns["val_loss"][rows[-1]] <= goal)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.done >= self.steps or self.at_goal
 
     def rows(self, name: str, x: str = "step") -> np.ndarray:
         """Indices of the rows that have both values, in the order of x."""
@@ -84,6 +99,12 @@ class History:
         """Step and value of the lowest validation loss."""
         row = self.best_row
         return None if row is None else (int(self.columns["step"][row]), float(self.columns["val_loss"][row]))
+
+    def seconds_to(self, loss: float) -> float | None:
+        """Seconds of training up to the first validation loss of at most `loss`."""
+        rows = self.rows("val_loss", "elapsed_s")
+        rows = rows[self.columns["val_loss"][rows] <= loss]
+        return float(self.columns["elapsed_s"][rows[0]]) if len(rows) else None
 
     @property
     def reach(self) -> int:
@@ -133,7 +154,7 @@ def read(folder: Path, name: str | None = None) -> History:
     try:
         content = json.loads(path.read_bytes())
         options, model = dict(content["train"]), GPTConfig.from_dict(content["model"])
-        if type(options["steps"]) is not int or options["steps"] < 1:
+        if type(options["steps"]) is not int or options["steps"] < (0 if _number(options.get("minutes")) > 0 else 1):
             raise ValueError("steps")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no run: there is no {CONFIG} in it") from None

@@ -18,13 +18,14 @@ from model.evaluate import perplexity
 from model.files import write_atomic
 from model.report import charts
 from model.report.charts import Key, Mark, num
-from model.report.history import History, plural, read
+from model.report.history import History, abbreviate, plural, read
 from model.report.pages import Figure, figure, page
 from model.training import options
 from model.training.flops import parameters
-from model.training.run_folder import METRICS
+from model.training.run_folder import METRICS, resume_command
 
 PAGE, SAMPLE = "report.html", "sample.txt"  # in the folder of a run
+_GOAL = ("reached", "step", "tokens", "elapsed_s")  # of the row that has reached --until-loss
 MOST_BANDS, MOST_VALIDATIONS, MOST_SKIPPED, MOST_SAMPLES = 60, 200, 200, 40
 
 
@@ -92,6 +93,10 @@ def _highlights(run: History) -> list[tuple[str, str]]:
         step, best = run.best
         words = f"best validation loss, at step {step:,}; perplexity {num(perplexity(best))}"
         highlights.append((f"{best:.4f}", words))
+    for row in run.rows("reached", "elapsed_s").tolist():
+        goal, at, tokens, seconds = (float(run.columns[name][row]) for name in _GOAL)
+        words = f"to a validation loss of {goal:g}, at step {at:,.0f}, on {abbreviate(tokens)} tokens"
+        highlights.append((clock(seconds), words))
     skipped = run.last("skipped")
     for value, show, meaning in (
         (run.last("tok_per_s"), num, "tokens/s"),
@@ -108,7 +113,7 @@ def _highlights(run: History) -> list[tuple[str, str]]:
 
 def _eta_s(run: History) -> float | None:
     """Seconds to the last step at the pace of the last tenth of the rows, evaluations and checkpoints included."""
-    if run.done >= run.steps:
+    if run.is_finished:
         return None
     rows = run.rows("elapsed_s")
     if len(rows) > 1:
@@ -122,17 +127,16 @@ def _eta_s(run: History) -> float | None:
 
 def _progress(run: History) -> str:
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.last_row))
-    step = f"{'finished, ' if run.done >= run.steps else ''}step {run.done:,} of {run.steps:,}"
+    step = f"{'finished, ' if run.is_finished else ''}step {run.done:,} of {run.steps:,}"
     return f"As of {at}: {step if len(run) else 'no metrics yet'}."
 
 
 def _commands(run: History) -> list[tuple[str, str]]:
     """What can be done next: (purpose, command)."""
     folder = shlex.quote(str(run.folder))
-    finished = run.done >= run.steps
-    resume = f"python train.py --resume {folder}" + (f" --steps {2 * run.steps}" if finished else "")
+    more = " --until-loss 0" * run.at_goal + f" --steps {2 * run.steps}" * (run.done >= run.steps)
     return [
-        ("train longer" if finished else "resume after a stop", resume),
+        ("train longer" if more else "resume after a stop", resume_command(run.folder) + more),
         ("generate text with the best weights", f"python -m model.generate {folder}"),
         ("evaluate them on all of the validation text", f"python -m model.evaluate {folder}"),
         ("compare with another run", f"python -m model.report {folder} OTHER"),

@@ -21,7 +21,7 @@ from model.training.flops import mfu, peak_flops
 from model.training.options import TrainConfig
 from model.training.parallel import World
 
-COLUMNS = ("loss", "val_loss", "lr", "grad_norm", "step_ms", "tok_per_s", "mfu", "peak_mib", "skipped")
+COLUMNS = ("loss", "val_loss", "lr", "grad_norm", "step_ms", "tok_per_s", "mfu", "peak_mib", "skipped", "reached")
 
 
 class Log:
@@ -40,7 +40,7 @@ class Log:
         publish: Callable[[Path], object],
     ) -> None:
         """sequences: of a step. done: steps before this invocation, in elapsed_s seconds. publish: writes the page."""
-        self.folder, self.config, self.context, self.steps = folder, config, cfg.context, cfg.steps
+        self.folder, self.cfg, self.config = folder, cfg, config
         self.device, self.is_writer = world.device, world.rank == 0
         self.tokens_per_step = sequences * cfg.context
         per_device = peak_flops(world.device, cfg.torch_dtype)
@@ -74,14 +74,17 @@ class Log:
         self.clock_step, self.clock = step, time.perf_counter()
 
     def elapsed_s(self) -> float:
-        """Seconds of training, over all invocations of the run."""
+        """Seconds of training, over all invocations of the run: of steps, evaluations, samples and checkpoints.
+
+        The clock starts when the model is built; reading the text is not counted, nor is the sample at the end.
+        """
         return time.perf_counter() - self.start
 
     def training(self, step: int, *, loss: float, grad_norm: float, lr: float, skipped: int) -> None:
         """Log a step. skipped: steps of the run that were skipped so far."""
         step_s = (time.perf_counter() - self.clock) / (step - self.clock_step)
         tok_per_s = self.tokens_per_step / step_s
-        share = mfu(tok_per_s, self.config, self.context, self.peak_flops) if self.peak_flops else None
+        share = mfu(tok_per_s, self.config, self.cfg.context, self.peak_flops) if self.peak_flops else None
         self._write(
             step,
             loss=loss,
@@ -93,13 +96,14 @@ class Log:
             peak_mib=_peak_mib(self.device),
             skipped=skipped,
         )
-        head = [f"step {step:05d}/{self.steps:05d}", f"loss {loss:.4f}"]
+        head = [self._of(step), f"loss {loss:.4f}"]
         speed = [f"lr {lr:.1e}", f"{step_s * 1e3:.1f} ms", f"{tok_per_s:,.0f} tok/s"]
         if share is not None:
             speed.append(f"mfu {share:.2f}")
         if skipped:
             speed.append(f"skipped {skipped}")
-        eta = f"eta {clock(step_s * (self.steps - step))}"
+        left = step_s * (self.cfg.steps - step) if self.cfg.steps else 60 * self.cfg.minutes - self.elapsed_s()
+        eta = f"eta {clock(max(left, 0.0))}"
         if self.line.is_live:  # most interesting first: a narrow terminal cuts the end
             val = [] if self.val_loss is None else [f"val {self.val_loss:.4f}"]
             self.line.update(" | ".join([*head, *val, f"elapsed {clock(self.elapsed_s())}", eta, *speed]))
@@ -107,9 +111,16 @@ class Log:
             self.line.update(" | ".join([*head, *speed, eta]))
 
     def validation(self, step: int, val_loss: float, *, is_best: bool) -> None:
+        """Log the validation loss of a step, in nats per token, and whether it is what --until-loss asks for."""
         self.val_loss = val_loss
-        self._write(step, val_loss=val_loss)
-        self.line.print(f"step {step:05d}/{self.steps:05d} | validation loss {val_loss:.4f}{' *' * is_best}")
+        goal = self.cfg.until_loss if self.cfg.is_reached(val_loss) else None
+        elapsed_s = self._write(step, val_loss=val_loss, reached=goal)
+        reached = "" if goal is None else f" | reached {goal:g} after {clock(elapsed_s)}"
+        self.line.print(f"{self._of(step)} | validation loss {val_loss:.4f}{' *' * is_best}{reached}")
+
+    def _of(self, step: int) -> str:
+        """``step 00100/02000``; without the number of all steps as long as --minutes has not set it."""
+        return f"step {step:05d}" + (f"/{self.cfg.steps:05d}" if self.cfg.steps else "")
 
     def sample(self, step: int, text: str) -> None:
         with self._path(run_folder.SAMPLES).open("a", encoding="utf-8") as file:
@@ -129,14 +140,17 @@ class Log:
         self.page_written = time.perf_counter()
         self.page_s = self.page_written - start
 
-    def _write(self, step: int, **values: float | None) -> None:
+    def _write(self, step: int, **values: float | None) -> float:
+        """Write a row -> its elapsed_s."""
         # JSON has no infinity, which the norm of a skipped float16 step may be.
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         row = {"step": step, "tokens": step * self.tokens_per_step, **dict.fromkeys(COLUMNS), **finite}
-        self.metrics.write(json.dumps({**row, "elapsed_s": self.elapsed_s()}) + "\n")
+        elapsed_s = self.elapsed_s()
+        self.metrics.write(json.dumps({**row, "elapsed_s": elapsed_s}) + "\n")
         if self.tensorboard:
             for name, value in finite.items():
                 self.tensorboard.add_scalar(name, value, step)
+        return elapsed_s
 
 
 def _peak_mib(device: torch.device) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,6 +58,8 @@ class TrainConfig:
     batch_size: int | Literal["auto"]  # sequences per micro-step and process; auto: the largest that fits into memory
     grad_accum: int = 1  # micro-steps; a step has batch_size * grad_accum sequences, in all processes
     steps: int  # optimizer steps
+    minutes: float = 0.0  # train so long in place of --steps, which are measured and set early in the run; 0: off
+    until_loss: float = 0.0  # end at the first evaluation with at most this validation loss, nats per token; 0: off
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, and AdamW for the rest
     lr: float  # peak learning rate
     min_lr: float  # learning rate at the end
@@ -120,14 +122,18 @@ class TrainConfig:
             bias=self.bias,
         )
 
+    def is_reached(self, val_loss: float | None) -> bool:
+        """Whether a validation loss ends the run."""
+        return val_loss is not None and self.until_loss > 0 and val_loss <= self.until_loss
+
     def lr_at(self, step: int) -> float:
-        """Learning rate of step 1, 2, ..."""
+        """Learning rate of step 1, 2, ...; of a run without end as long as --minutes has not set `steps`."""
         return optim.lr_at(
             step - 1,
             lr=self.lr,
             min_lr=self.min_lr,
             warmup_steps=self.warmup_steps,
-            steps=self.steps,
+            steps=self.steps or sys.maxsize,
             schedule=self.schedule,
             cooldown_steps=self.cooldown_steps or self.steps // 5,
         )
@@ -139,13 +145,17 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise UserError, naming the option, for a value or a combination that cannot work."""
-        counts = "n_layer n_head n_embd context grad_accum steps eval_every eval_windows save_every keep_last log_every"
+        counts = "n_layer n_head n_embd context grad_accum eval_every eval_windows save_every keep_last log_every"
+        cooldown_limit = math.inf if self.minutes else self.steps
         ranges = [(name, getattr(self, name) >= 1, "at least 1") for name in [*counts.split(), "num_workers"]]
         ranges += [
             ("batch_size", self.batch_size == "auto" or self.batch_size >= 1, "at least 1"),
+            ("minutes", 0 <= self.minutes < math.inf, "0 (off) or more"),
+            ("until_loss", 0 <= self.until_loss < math.inf, "0 (off) or more"),
+            ("steps", self.steps >= 1 or (self.steps == 0 and self.minutes > 0), "at least 1"),
             ("sample_tokens", self.sample_tokens >= 0, "0 (none) or more"),
             ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
-            ("cooldown_steps", 0 <= self.cooldown_steps <= self.steps, f"from 0 to --steps, {self.steps}"),
+            ("cooldown_steps", 0 <= self.cooldown_steps <= cooldown_limit, f"from 0 to --steps, {self.steps}"),
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             ("lr", 0 < self.lr < math.inf, "a number above 0"),
             ("min_lr", 0 <= self.min_lr <= self.lr, f"from 0 to --lr, {self.lr}"),
@@ -193,7 +203,8 @@ class TrainConfig:
     def check_resumable(self, stored: TrainConfig, folder: Path) -> None:
         """Raise UserError for an option that may not change when a run is resumed."""
         for name in (field.name for field in fields(self) if field.name not in (*RESUMABLE, *PER_INVOCATION)):
-            if (new := getattr(self, name)) != (old := getattr(stored, name)):
+            new, old = getattr(self, name), getattr(stored, name)
+            if new != old and not (name == "minutes" and new == 0):  # --steps takes the place of --minutes
                 raise UserError(
                     f"{_flag(name)} {new} cannot be changed when a run is resumed (in {folder} it is {old}): omit it, "
                     f"or start a new run\nwhat can be changed: {', '.join(map(_flag, RESUMABLE))}"
@@ -209,9 +220,9 @@ class TrainConfig:
 
 PER_INVOCATION = ("out", "resume", "checkpoint", "or_resume", "force")  # not stored with the run
 RESUMABLE = (
-    "steps", "eval_every", "eval_windows", "save_every", "keep_last", "log_every", "sample_tokens", "tensorboard",
-    "batch_size", "grad_accum", "device", "backend", "compile", "graph", "recompute", "parallel", "num_workers",
-    "profile", "memory_snapshot", "skip_bad_shards",
+    "steps", "until_loss", "eval_every", "eval_windows", "save_every", "keep_last", "log_every", "sample_tokens",
+    "tensorboard", "batch_size", "grad_accum", "device", "backend", "compile", "graph", "recompute", "parallel",
+    "num_workers", "profile", "memory_snapshot", "skip_bad_shards",
 )  # fmt: skip
 
 
@@ -278,13 +289,22 @@ def _from_values(values: dict[str, Any], source: Path | str) -> TrainConfig:
 
 
 def default_config(args: list[str]) -> TrainConfig:
-    """The values of options that are not in `args`: of the run to resume, of the preset, or of this machine."""
+    """The values of options that are not in `args`: of the run to resume, of the preset, or of this machine.
+
+    --steps in `args` takes the place of --minutes there. Raises UserError for both in `args`.
+    """
     if folder := _option(args, "--resume"):
-        return stored_config(Path(folder))
-    if name := _option(args, "--preset"):
-        return preset(name)
-    has_gpu = torch.cuda.is_available() and _option(args, "--device") != "cpu"
-    return preset("gpt2-first-run" if has_gpu else "tiny")
+        cfg = stored_config(Path(folder))
+    elif name := _option(args, "--preset"):
+        cfg = preset(name)
+    else:
+        has_gpu = torch.cuda.is_available() and _option(args, "--device") != "cpu"
+        cfg = preset("gpt2-first-run" if has_gpu else "tiny")
+    if _option(args, "--steps"):
+        if _option(args, "--minutes"):
+            raise UserError("--minutes sets the number of steps itself: give either --minutes or --steps")
+        cfg = replace(cfg, minutes=0.0)
+    return cfg
 
 
 def _option(args: list[str], name: str) -> str | None:

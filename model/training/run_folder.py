@@ -1,7 +1,8 @@
 """The folder of a run: its lock, options and metrics, and the signals that stop a run.
 
-RUN/config.json      {"train": options, "model": GPTConfig}
-RUN/metrics.jsonl    one row per logged training loss and per evaluation of the validation loss
+RUN/config.json      {"train": options, "model": GPTConfig}; steps is 0 as long as --minutes has not set it
+RUN/metrics.jsonl    one row per logged training loss and per evaluation of the validation loss; elapsed_s: seconds of
+                     training so far; reached: the --until-loss that this validation loss is at most
 RUN/samples.jsonl    {"step", "text"}
 RUN/lock             held by the process that trains
 """
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -82,6 +84,10 @@ def lock(folder: Path) -> Iterator[None]:
     with held:
         path.write_text(f"{os.getpid()}\n")
         yield
+
+
+def resume_command(folder: Path) -> str:
+    return f"python train.py --resume {shlex.quote(str(folder))}"
 
 
 def store_config(folder: Path, options: dict[str, Any], model: GPTConfig) -> None:

@@ -19,15 +19,20 @@ PROMPT = "CHAPTER I. "
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 500, 0.6
 
 
-def print_summary(cfg: TrainConfig, folder: Path, tokens: TokenData, model: GPT, elapsed_s: float) -> None:
-    """Write SAMPLE with the best weights, on the device and in the dtype of `model`; print their loss."""
+def print_summary(cfg: TrainConfig, folder: Path, tokens: TokenData, model: GPT, steps: int, elapsed_s: float) -> None:
+    """Write SAMPLE with the best weights, on the device and in the dtype of `model`; print their loss.
+
+    steps, elapsed_s: how long the run took.
+    """
     best = checkpoint.load(folder, "best").state
     device = next(model.parameters()).device
     best_model, tokenizer = checkpoint.load_model(folder, device, name="best", dtype=model.dtype)
     prompt, sample = write_sample(best_model, tokenizer, tokens=SAMPLE_TOKENS, seed=cfg.seed)
     files.write_atomic(folder / SAMPLE, sample + "\n")
     print(f"\n{sample}\n")
-    print(f"{cfg.steps} steps in {clock(elapsed_s)}; the text above is by the best weights, of step {best['step']}")
+    goal = f" to a validation loss of at most {cfg.until_loss:g}" if cfg.is_reached(best["val_loss"]) else ""
+    took = f"{steps} steps in {clock(elapsed_s)}{goal}"
+    print(f"{took}; the text above is by the best weights, of step {best['step']}")
     print(f"validation {describe(best['val_loss'], len(tokens.val), tokens.meta['val']['bytes'])}")
     print(f"curves and samples: {folder / 'report.html'}")
     print(f'more text: python -m model.generate {shlex.quote(str(folder))} --prompt "{prompt}"')

@@ -1,0 +1,99 @@
+"""--minutes: the number of steps that fits into a time, measured once, and a guard for where it does not.
+
+    cost(S) = (S - step) step_s + evaluations eval_s + checkpoints save_s          from `step` to the end of S steps
+    steps   = the largest S with elapsed_s + cost(S) <= (1 - MARGIN) seconds, rounded down to three digits
+
+The learning rate follows the number of steps, and a resumed run must not choose another: so it is chosen early, and
+stored. Until then the rate is that of the warm-up, and then its peak, from which every schedule falls. The time is
+elapsed_s of the log, over all invocations. If the machine becomes slower, the run ends at the deadline all the same:
+before its last step, with its evaluation and its checkpoint in time.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+
+from model.training.options import TrainConfig
+from model.training.parallel import World
+
+WARM_UP_STEPS = 5  # at the beginning of an invocation: they compile, allocate and capture
+LEAST_STEPS, SHARE = 10, 0.02  # are measured after that: so many steps, and so much of the time
+MARGIN = 0.01
+
+
+def steps_that_fit(
+    seconds: float, done: int, *, step_s: float, eval_s: float, save_s: float, eval_every: int, save_every: int
+) -> int:
+    """The largest number of steps that a run can have, `done` of them done, if it is to end in `seconds`.
+
+    step_s, eval_s, save_s: seconds of a step, of an evaluation and of a checkpoint. The last step has both, and an
+    evaluation a checkpoint, as if its loss were always the best. At least `done`.
+    """
+    both = math.lcm(eval_every, save_every)
+
+    def multiples(of: int, steps: int) -> int:
+        return steps // of - done // of
+
+    def cost(steps: int) -> float:
+        evaluations = multiples(eval_every, steps) + (steps % eval_every > 0)
+        checkpoints = evaluations + multiples(save_every, steps) - multiples(both, steps)
+        return (steps - done) * step_s + evaluations * eval_s + checkpoints * save_s
+
+    candidates = range(done + 1, done + 2 + int(max(seconds, 0.0) / step_s))
+    return done + bisect.bisect_right(candidates, seconds, key=cost)
+
+
+class Deadline:
+    """When a run with --minutes ends. Rank 0 decides: elsewhere `is_over` and `is_measured` are always False."""
+
+    def __init__(self, cfg: TrainConfig, world: World, elapsed_s: Callable[[], float], done: int) -> None:
+        """elapsed_s: seconds of the run so far. done: steps before this invocation."""
+        self.cfg, self.elapsed_s, self.seconds = cfg, elapsed_s, 60 * cfg.minutes
+        self.decides = cfg.minutes > 0 and world.rank == 0
+        self.is_open = cfg.minutes > 0 and cfg.steps == 0  # whether the number of steps is yet to be chosen
+        self.first_step = done + WARM_UP_STEPS if self.is_open else 0  # the measurement begins at its end
+        self.begun: tuple[int, float] | None = None  # that step, and when it ended
+        self.latest = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds
+        self.paused = 0.0  # seconds of all of these since the measurement began
+
+    def timed(self, what: str, work: Callable[[int], None], step: int) -> None:
+        """Do work(step), an "evaluation" or a "checkpoint", and keep its time."""
+        start = self.elapsed_s()
+        work(step)
+        self.latest[what] = self.elapsed_s() - start
+        self.paused += self.latest[what]
+
+    def begin(self, step: int) -> None:
+        """Begin to measure, if `step`, whose results the host has read, is the one to begin at."""
+        if step == self.first_step:
+            self.begun, self.paused = (step, self.elapsed_s()), 0.0
+
+    def is_measured(self, step: int) -> bool:
+        """Whether enough steps have been measured to choose their number."""
+        if not (self.decides and self.is_open and self.begun) or step < self.begun[0] + LEAST_STEPS:
+            return False
+        return self.elapsed_s() - self.begun[1] - self.paused >= SHARE * self.seconds
+
+    def is_over(self) -> bool:
+        """Whether only an evaluation and a checkpoint fit into what is left."""
+        return self.decides and self.elapsed_s() + sum(self.latest.values()) >= self.seconds
+
+    def choose_steps(self, step: int) -> int:
+        """The number of steps of the run, after an evaluation and a checkpoint at `step`; to be called once."""
+        assert self.begun is not None
+        begin, start = self.begun
+        self.is_open = False
+        self.step_s = (self.elapsed_s() - start - self.paused) / (step - begin)
+        steps = steps_that_fit(
+            (1 - MARGIN) * self.seconds - self.elapsed_s(), step, step_s=self.step_s, eval_s=self.latest["evaluation"],
+            save_s=self.latest["checkpoint"], eval_every=self.cfg.eval_every, save_every=self.cfg.save_every,
+        )  # fmt: skip
+        return max(step, steps - steps % 10 ** max(0, len(str(steps)) - 3))
+
+    def describe(self, steps: int) -> str:
+        """``1,230 steps fit into 2 minutes: 78.9 ms each, 1.2 s an evaluation, 0.1 s a checkpoint``."""
+        evaluation, checkpoint = self.latest["evaluation"], self.latest["checkpoint"]
+        each = f"{1e3 * self.step_s:.1f} ms each, {evaluation:.1f} s an evaluation, {checkpoint:.1f} s a checkpoint"
+        return f"{steps} steps fit into {self.cfg.minutes:g} minutes: {each}"
