@@ -212,7 +212,7 @@ class Trainer:
             elapsed_s=saved.state["elapsed_s"] if saved else 0.0, publish=page.write,
         )  # fmt: skip
         self.set_steps(cfg.steps)
-        self.deadline = Deadline(cfg, world, self.log.elapsed_s, self.start_step)
+        self.deadline = Deadline(cfg, world, self.log, self.start_step)
 
     def set_steps(self, steps: int) -> None:
         """Set the number of steps of the run, also for when it is resumed."""
@@ -241,7 +241,7 @@ class Trainer:
                 self.validate(self.start_step)
 
             step = self.start_step
-            while step != self.cfg.steps and not self.is_reached:
+            while step < (self.cfg.steps or math.inf) and not self.is_reached:
                 step += 1
                 idx, targets = next(loader)  # (A, B, T) int64 each, A micro-steps
                 if world.device.type == "cuda" and step == self.start_step + 1:
@@ -253,7 +253,7 @@ class Trainer:
                 flags = [*signals.take(), self.deadline.is_measured(step), self.deadline.is_over()]
                 stop, save, measured, over = parallel.any_rank(flags, world)
                 if over:
-                    self.set_steps(step)
+                    self.set_steps(self.deadline.end(step, self.cfg.steps))
                 last = step == self.cfg.steps
                 choose = measured and not (stop or last)
                 validate = last or choose or step % cfg.eval_every == 0
@@ -274,7 +274,6 @@ class Trainer:
                         self.deadline.timed("evaluation", self.validate, step)
                     if choose and not self.is_reached:
                         self.set_steps(parallel.broadcast(self.deadline.choose_steps(step), world))
-                        self.log.line.print(self.deadline.describe(self.cfg.steps))
                     # The other ranks wait here for what rank 0 does alone, with a timeout of hours.
                     parallel.barrier(world)
                     self.log.restart_clock(step)

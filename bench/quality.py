@@ -154,8 +154,8 @@ class Quality(command.Measurement):
     def _params(self, run: Path) -> dict[str, Any]:
         cfg = stored_config(run)
         goals = {"until_loss": self.until_loss, "minutes": self.minutes}
-        params = {"preset": Path(cfg.preset).stem, "data": cfg.data.name}
-        params |= {name: f"{value:g}" for name, value in goals.items() if value}
+        params: dict[str, Any] = {"preset": Path(cfg.preset).stem, "data": cfg.data.name}
+        params |= {name: value for name, value in goals.items() if value}
         return params | ({"options": " ".join(self.options)} if self.options else {})
 
     def _nanogpt(self, run: Path, text: TokenData, params: dict[str, Any], seed: int) -> Row:
@@ -231,6 +231,6 @@ def summary(rows: Sequence[Row]) -> list[str]:
         words = [f"{provider}: {len(timed)} of {len(own)} runs"]
         words += [f"{tables.mean_text([row.seconds[0] for row in timed])} s"] if timed else []
         for head, name, show in tables.QUALITY if timed else ():
-            words.append(f"{head} {tables.mean_text([row.metrics[name] for row in timed], show)}")
+            words.append(f"{tables.mean_text([row.metrics[name] for row in timed], show)} {head}")
         made.append(", ".join(words))
     return made

@@ -96,6 +96,16 @@ def memory_rows(batch, measured):
         yield Row("memory", params, name, metrics={**parts, "predicted_mib": predicted, **peak})
 
 
+def quality_rows(seeds, times):
+    """Training runs: the last of ours has not reached the loss."""
+    params = {"preset": "tiny", "data": "Book", "until_loss": 1.8}
+    for seed in range(1, seeds + 1):
+        for name, seconds in times.items():
+            metrics = {"seed": seed, "step": 900 + 100 * seed, "tokens": 1e5 * seed, "loss": 1.79, "bits_per_byte": 2.5}
+            yield Row("quality", params, name, seconds=(seconds + seed,), metrics=metrics | {"steps_s": seconds})
+    yield Row("quality", params, "ours", error="seed 9: after 3000 steps the validation loss is 1.9, above 1.8")
+
+
 def gpu_report():
     """Everything that a report can hold: two clocks, a red kernel, errors, missing providers, dropped cases."""
     rng = random.Random(0)
@@ -114,6 +124,7 @@ def gpu_report():
         rows += memory_rows(batch, measured=batch < 64)
     for batch in (1, 8, 64):
         rows += generate_rows(rng, batch, "events", ("triton+graph", "triton", "eager", "hf", "hf_static"))
+    rows += quality_rows(2, {"ours": 60.0, "nanogpt": 70.0})
     roofs = {"copy": {"65536": 2e-6, str(2**30): 2**30 / 3e12}, "flops": {"bfloat16": 7.1e14, "float32": 5e13}}
     method = {"events": "by events", "graph": "by graph", "wall": "unused", "interval": "p50", "roofs": roofs}
     missing = {"cce": "cut_cross_entropy is not installed (pip install cut-cross-entropy)"}
@@ -131,6 +142,7 @@ def cpu_report():
         rows += kernel_rows(rng, op, ("wall",), ["M=1024 N=768", "M=768 N=1024"], 1.5)
     rows += train_rows(rng, 1, "wall", ("plain", "eager", "compile"))
     rows += [*generate_rows(rng, 1, "wall", ("eager", "hf")), *memory_rows(1, measured=True)]
+    rows += quality_rows(3, {"ours": 150.0, "nanogpt": 170.0})
     roofs = {"copy": {"65536": 1e-5}, "flops": {"float32": 1e11}}
     return a_report("A CPU", rows, method={"wall": "by torch.utils.benchmark", "roofs": roofs})
 
@@ -492,6 +504,16 @@ def test_readme_tables_show_the_reports(reports):
     assert set(report.readme_tables({}).values()) == {report.NO_GPU}
 
 
+def test_quality_table_has_means_over_seeds(reports):
+    text = report.markdown([reports[1]])
+    title = next(line for line in text.splitlines() if line.startswith("**tiny Book until_loss=1.8")).strip("*.")
+    head, ours, nanogpt = table_rows(text, title)
+    assert head == ["provider", "runs", "time, s", "s of steps", "steps", "tokens", "validation loss", "bits per byte"]
+    assert ours[:5] == ["ours", "3 of 4", "152 ± 1.00", "150 ± 0", "1,100 ± 100"]
+    assert nanogpt[:3] == ["nanogpt", "3 of 3", "172 ± 1.00"] and nanogpt[-1] == "2.5000 ± 0.0000"
+    assert "after 3000 steps the validation loss is 1.9, above 1.8" in text and "Training to a loss" in text
+
+
 def test_readme_changes_only_between_markers():
     before = "a\n<!-- bench train -->\nold\n<!-- /bench train -->\nb\n"
     after = report.update_readme(before, {"bench train": r"| \1 |"})
@@ -513,7 +535,7 @@ def test_readme_links_are_relative_to_its_folder(reports, tmp_path, capsys):
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(f"<!-- bench {kind} -->\n<!-- /bench {kind} -->\n" for kind in report._COMMANDS))
         command.main(["report", str(tmp_path / "results"), "--readme", str(path)])
-        assert path.read_text().count(f"[{link}]({link})") == 4
+        assert path.read_text().count(f"[{link}]({link})") == 5
 
 
 def test_row_is_one_line_on_a_terminal(reports):

@@ -350,6 +350,31 @@ def test_page_says_how_far_the_run_is(tmp_path):
     assert "reload" not in half
 
 
+def test_run_that_reached_its_loss_is_finished(tmp_path):
+    """Once more after it went on to a lower one."""
+    rows = [*usual(50), validation(50, 2.5) | {"reached": 2.6}]
+    reached = make(tmp_path / "a", rows, until_loss=2.6)
+    words = page_of(reached).words
+    assert "finished, step 50 of 100." in words and "to go" not in words
+    assert "1:41to a validation loss of 2.6, at step 50, on 50,000 tokens" in words
+    assert f"train longerpython train.py --resume {reached} --until-loss 0\n" in words
+    resumed = page_of(make(tmp_path / "b", [*rows, training(51, 2.0)], until_loss=2.4)).words
+    assert ": step 51 of 100." in resumed and "of 2.6, at step 50" in resumed and "to go" in resumed
+    last = page_of(make(tmp_path / "c", [*usual(), validation(100, 2.5)], until_loss=2.6)).words
+    assert f"--resume {tmp_path}/c --until-loss 0 --steps 200\n" in last
+
+
+def test_steps_are_estimated_until_minutes_have_set_them(tmp_path):
+    made = history.read(make(tmp_path / "a", usual(9), steps=0, minutes=3.0))
+    assert made.steps == 90 and not made.is_finished  # 9 steps in 18 s
+    assert "step 9 of 90." in page_of(made.folder).words and report._eta_s(made) == pytest.approx(162)
+    late = history.read(make(tmp_path / "b", usual(9), steps=0, minutes=0.1))
+    assert late.steps == 10 and not late.is_finished
+    assert history.read(make(tmp_path / "c", [], steps=0, minutes=0.1)).steps == 1
+    with pytest.raises(UserError, match="damaged"):
+        history.read(make(tmp_path / "d", usual(9), steps=0))
+
+
 def test_changed_options_come_first(tmp_path):
     stored = options.preset("tiny").run_options() | {"lr": 0.123}
     changed, rest = report._options(history.read(make(tmp_path, usual(), **stored)))
@@ -510,14 +535,22 @@ def test_runs_are_drawn_over_each_axis(two):
 
 def test_results_mark_the_lowest_loss(two):
     table = compare._results(two)
-    assert [[cell.mark for cell in row] for row in table.rows] == [["", "win", *[""] * 8], [""] * 10]
+    assert [[cell.mark for cell in row] for row in table.rows] == [["", "win", *[""] * 9], [""] * 11]
     cells = {head: tuple(cell.text for cell in both) for head, *both in zip(table.head, *table.rows, strict=True)}
     assert cells["best validation loss"] == ("3.0000", "3.1000") and cells["of step"] == ("60", "50")
     assert cells["last validation loss"] == ("3.4000", "3.1000")
     assert cells["steps"] == ("100", "50 of 100") and cells["tokens"] == ("100,000", "50,000")
-    assert cells["time"] == ("3:21", "0:50") and cells["tokens/s, median"] == ("500", "500")
+    assert cells["time"] == ("3:21", "0:50") and cells["time to 3.10"] == ("1:41", "0:50")
+    assert cells["tokens/s, median"] == ("500", "500")
     assert "peak MiB" not in table.head  # not measured
     assert re.findall(r'class="is-win"[^>]*>([^<]*)', compare.html(two)) == ["3.0000"]
+
+
+def test_times_to_a_common_loss_need_comparable_runs(two, tmp_path):
+    other = history.read(make(tmp_path / "c", usual(), model={**MODEL, "vocab_size": 66}), "c")
+    without = history.read(make(tmp_path / "d", [training(1, 3.0)]), "d")
+    for runs in ([two[0], other], [two[0], without]):
+        assert not any(head.startswith("time to") for head in compare._results(runs).head)
 
 
 def test_different_options_are_listed(two, tmp_path):

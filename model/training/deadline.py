@@ -15,6 +15,7 @@ import bisect
 import math
 from collections.abc import Callable
 
+from model.training.log import Log
 from model.training.options import TrainConfig
 from model.training.parallel import World
 
@@ -48,9 +49,9 @@ def steps_that_fit(
 class Deadline:
     """When a run with --minutes ends. Rank 0 decides: elsewhere `is_over` and `is_measured` are always False."""
 
-    def __init__(self, cfg: TrainConfig, world: World, elapsed_s: Callable[[], float], done: int) -> None:
-        """elapsed_s: seconds of the run so far. done: steps before this invocation."""
-        self.cfg, self.elapsed_s, self.seconds = cfg, elapsed_s, 60 * cfg.minutes
+    def __init__(self, cfg: TrainConfig, world: World, log: Log, done: int) -> None:
+        """log: has the clock. done: steps before this invocation."""
+        self.cfg, self.elapsed_s, self.show, self.seconds = cfg, log.elapsed_s, log.line.print, 60 * cfg.minutes
         self.decides = cfg.minutes > 0 and world.rank == 0
         self.is_open = cfg.minutes > 0 and cfg.steps == 0  # whether the number of steps is yet to be chosen
         self.first_step = done + WARM_UP_STEPS if self.is_open else 0  # the measurement begins at its end
@@ -85,15 +86,20 @@ class Deadline:
         assert self.begun is not None
         begin, start = self.begun
         self.is_open = False
-        self.step_s = (self.elapsed_s() - start - self.paused) / (step - begin)
+        step_s = (self.elapsed_s() - start - self.paused) / (step - begin)
+        eval_s, save_s = self.latest["evaluation"], self.latest["checkpoint"]
         steps = steps_that_fit(
-            (1 - MARGIN) * self.seconds - self.elapsed_s(), step, step_s=self.step_s, eval_s=self.latest["evaluation"],
-            save_s=self.latest["checkpoint"], eval_every=self.cfg.eval_every, save_every=self.cfg.save_every,
+            (1 - MARGIN) * self.seconds - self.elapsed_s(), step, step_s=step_s, eval_s=eval_s, save_s=save_s,
+            eval_every=self.cfg.eval_every, save_every=self.cfg.save_every,
         )  # fmt: skip
-        return max(step, steps - steps % 10 ** max(0, len(str(steps)) - 3))
+        steps = max(step, steps - steps % 10 ** max(0, len(str(steps)) - 3))
+        each = f"{1e3 * step_s:.1f} ms each, {eval_s:.1f} s an evaluation, {save_s:.1f} s a checkpoint"
+        self.show(f"{steps} steps fit into {self.cfg.minutes:g} minutes: {each}")
+        return steps
 
-    def describe(self, steps: int) -> str:
-        """``1,230 steps fit into 2 minutes: 78.9 ms each, 1.2 s an evaluation, 0.1 s a checkpoint``."""
-        evaluation, checkpoint = self.latest["evaluation"], self.latest["checkpoint"]
-        each = f"{1e3 * self.step_s:.1f} ms each, {evaluation:.1f} s an evaluation, {checkpoint:.1f} s a checkpoint"
-        return f"{steps} steps fit into {self.cfg.minutes:g} minutes: {each}"
+    def end(self, step: int, steps: int) -> int:
+        """Say that the run ends at `step` of `steps`, 0 if they have not been chosen -> `step`."""
+        if step != steps:
+            of = f" of {steps}" if steps else ""
+            self.show(f"{self.cfg.minutes:g} minutes are over: the run ends at step {step}{of}")
+        return step
