@@ -90,7 +90,7 @@ class Quality(command.Measurement):
     preset: str | None = None  # Preset of train.py; the one for this machine by default.
     data: Path | None = None  # Text to train on; Book/ by default.
     until_loss: float = 0.0  # Train until this validation loss, in nats per token.
-    minutes: float = 0.0  # Train so long; with --until-loss at most so long.
+    minutes: float = 0.0  # Minutes of training; with --until-loss, at most so many.
     seeds: int = 3  # Number of runs, with the seeds 1, 2, ...
     nanogpt: Path | None = None  # Folder of a nanoGPT checkout, to be trained in turn with an equal configuration.
     runs: Path | None = None  # Folder to keep the runs in; ours that are in it resume. A temporary one by default.

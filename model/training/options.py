@@ -58,7 +58,7 @@ class TrainConfig:
     batch_size: int | Literal["auto"]  # sequences per micro-step and process; auto: the largest that fits into memory
     grad_accum: int = 1  # micro-steps; a step has batch_size * grad_accum sequences, in all processes
     steps: int  # optimizer steps
-    minutes: float = 0.0  # train so long in place of --steps, which are measured and set early in the run; 0: off
+    minutes: float = 0.0  # minutes of training in place of --steps: as many steps as fit, measured early; 0: off
     until_loss: float = 0.0  # end at the first evaluation with at most this validation loss, nats per token; 0: off
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, and AdamW for the rest
     lr: float  # peak learning rate
