@@ -130,29 +130,30 @@ def load(run: Path, name: str = "last", *, weights_only: bool = False) -> Checkp
 def load_model(
     run: Path, device: str | torch.device = "cpu", *, name: str = "best", dtype: torch.dtype = torch.float32
 ) -> tuple[GPT, Tokenizer]:
-    """The model of a run, with the averages if there are any, in evaluation mode, and its tokenizer."""
+    """The model of a run, with the averages if there are any, in evaluation mode, and its tokenizer.
+
+    UserError if the tokenizer is not that of the run's tokens, or has another number of ids than the model.
+    """
     checkpoint = load(run, name, weights_only=True)
     config = GPTConfig.from_dict(checkpoint.state["model"])
     check_model(checkpoint, config)
+    tokenizer = _own_tokenizer(run, config)
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         model = GPT(config, dtype=dtype)
     (weights,) = checkpoint.parts.values()
     model.to_empty(device=device).load_state_dict(weights)
-    return model.eval(), _own_tokenizer(run, config)
+    return model.eval(), tokenizer
 
 
 def _own_tokenizer(run: Path, config: GPTConfig) -> Tokenizer:
-    """The tokenizer of a run. UserError if it has other ids than the model, or than the run's tokens."""
-    tokenizer, folder = load_tokenizer(run / "tokenizer"), run / "tokenizer"
+    """The tokenizer of a run, compared with the run's tokens and its model."""
+    folder, data = run / "tokenizer", run / "data"
+    tokenizer = load_tokenizer(folder)
+    if (data / TOKENIZER_FILE).exists() and not load_tokenizer(data).equals(tokenizer):
+        raise UserError(f"{folder} is not the tokenizer of {data}\ncopy {data / TOKENIZER_FILE} into {folder}")
     if tokenizer.n_vocab != config.vocab_size:
-        other = f"it has {tokenizer.n_vocab:,} ids, and the model {config.vocab_size:,}"
-        raise UserError(f"{folder} is not the tokenizer of this model: {other}\ncopy the right one back")
-    if (run / "data" / TOKENIZER_FILE).exists():
-        of_data = load_tokenizer(run / "data")
-        if (of_data.name, of_data.fields()) != (tokenizer.name, tokenizer.fields()):
-            raise UserError(
-                f"{folder} is not the tokenizer of this model: it differs from {run / 'data'}\ncopy that one"
-            )
+        ids = f"{tokenizer.name} has {tokenizer.n_vocab:,} ids, and the model {config.vocab_size:,}"
+        raise UserError(f"{folder} is not the tokenizer of the model: {ids}\nput that of this run back")
     return tokenizer
 
 

@@ -1,14 +1,12 @@
 """Text to token ids and back.
 
-    python -m model.tokenizer train corpus.txt --vocab-size 4096 --out vocabulary     # then --tokenizer vocabulary
+    python -m model.tokenizer train Book --vocab-size 2048      # a byte-pair vocabulary of one's own
 
 A tokenizer is saved as one JSON file, `tokenizer.json`, and read by `load_tokenizer`. TOKENIZERS lists the kinds:
 
     char     one id for each character of the text that it was built from
-    gpt2     byte-pair encoding with GPT-2's 50,257 ids (Radford et al. 2019)
-    bpe:N    byte-pair encoding with N ids, trained on the text (Sennrich et al. 2016) by Hugging Face's tokenizers
-
-Byte pairs are merged by tiktoken, within the pieces into which GPT-2's pattern splits a text.
+    gpt2     byte-pair encoding (BPE) with GPT-2's 50,257 ids (Radford et al. 2019)
+    bpe:N    byte-pair encoding with N ids, learned from a text
 
 The last id of each is the end-of-text id, which separates documents. Encoding never returns it (the characters
 `<|endoftext|>` in a text are text), and it decodes to "".
@@ -25,22 +23,25 @@ import itertools
 import json
 import lzma
 import re
+import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tiktoken
 import tyro
 
+from model import bpe
 from model.cli import LiveLine, UserError, run
 from model.files import write_atomic
 
 FILE = "tokenizer.json"
 FORMAT = 1
-MAX_VOCAB = 1_000_000
+MIN_VOCAB = 258  # 256 bytes, one pair, end of text
+MAX_VOCAB = 1_000_000  # four times the largest in use
 
 PIECE = (
     1 << 17
@@ -55,20 +56,14 @@ class Tokenizer(ABC):
     begins with a space, tab or newline, encode(a + b) == encode(a) + encode(b). Encoding is thread-safe.
     """
 
-    kind: ClassVar[str]
-    learns: ClassVar[bool] = False  # whether `build` must see the training text alone
+    name: str  # what --tokenizer takes
     n_vocab: int  # ids, including the end-of-text id
     eot_id: int  # end of text: n_vocab - 1
     _bytes: list[bytes]  # UTF-8 of each id
 
-    @property
-    def name(self) -> str:
-        """What --tokenizer takes for it."""
-        return self.kind
-
     @classmethod
-    def build(cls, texts: Iterable[str], size: str = "") -> Tokenizer:
-        """A tokenizer for these texts, which need not be read. size: what follows the colon of a name."""
+    def build(cls, texts: Iterable[str]) -> Tokenizer:
+        """A tokenizer for these texts; one that does not depend on them need not read them."""
         return cls()
 
     @classmethod
@@ -100,17 +95,21 @@ class Tokenizer(ABC):
         """The text of `ids`; bytes that are not UTF-8, such as a part of a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def equals(self, other: Tokenizer) -> bool:
+        """Whether both give the same ids to every text."""
+        return (self.name, self.fields()) == (other.name, other.fields())
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json into `folder`, which is created if it is missing."""
         folder.mkdir(parents=True, exist_ok=True)
-        fields = {"format": FORMAT, "name": self.kind, **self.fields()}
+        fields = {"format": FORMAT, "name": self.name, **self.fields()}
         write_atomic(folder / FILE, json.dumps(fields, indent=2) + "\n")
 
 
 class CharTokenizer(Tokenizer):
     """One id per character, in code point order, and the end-of-text id after the last."""
 
-    kind = "char"
+    name = "char"
 
     def __init__(self, chars: Iterable[str]) -> None:
         """chars: the alphabet in any order, with or without repeats, such as a text."""
@@ -124,7 +123,7 @@ class CharTokenizer(Tokenizer):
         self._ids[points] = np.arange(len(self.chars), dtype=np.uint32)
 
     @classmethod
-    def build(cls, texts: Iterable[str], size: str = "") -> CharTokenizer:
+    def build(cls, texts: Iterable[str]) -> CharTokenizer:
         seen = np.zeros(0x110000, dtype=bool)  # every Unicode code point
         for text in texts:
             seen[_code_points(text)] = True
@@ -155,113 +154,124 @@ class CharTokenizer(Tokenizer):
 
 
 class BytePairTokenizer(Tokenizer):
-    """Byte-level BPE: any text has ids, and the end-of-text id comes after the tokens."""
+    """Byte-level BPE, computed by tiktoken: any text has ids. GPT-2's pattern splits it into words first."""
 
-    def __init__(self, tokens: Sequence[bytes], encoding: tiktoken.Encoding) -> None:
+    def __init__(self, tokens: tuple[bytes, ...], encoding: tiktoken.Encoding) -> None:
+        """tokens: the bytes of each id but the end-of-text id."""
+        self.tokens = tokens
         self.n_vocab, self.eot_id = len(tokens) + 1, len(tokens)
-        self._bytes = [*tokens, b""]
         self._encoding = encoding
+        self._bytes = [*tokens, b""]
 
     def encode(self, text: str) -> list[int]:
         return [i for piece in pieces([text]) for i in self._encoding.encode_ordinary(piece)]
 
-    def merges(self) -> list[tuple[bytes, bytes]]:
-        """The pair that each token beyond the single bytes is merged from, in order of their ids."""
-        ranks = {token: rank for rank, token in enumerate(self._bytes[: self.eot_id])}
-        return [_last_pair(token, ranks) for token in ranks if len(token) > 1]
+    def merges(self) -> tuple[tuple[bytes, bytes], ...]:
+        """The pair of tokens that makes each token after the 256 bytes, in the order of the ids.
+
+        For libraries whose BPE is a list of pairs; `bpe.merges` says why they give the same ids.
+        """
+        return bpe.merges(self.tokens)
 
 
 class GPT2Tokenizer(BytePairTokenizer):
-    """GPT-2's vocabulary, in which 50256 is the end-of-text id."""
+    """GPT-2's vocabulary of 50,257 ids; 50256 is the end-of-text id."""
 
-    kind = "gpt2"
+    name = "gpt2"
 
     def __init__(self) -> None:
         super().__init__(_read_vocabulary(), gpt2_encoding())
 
 
 class TrainedTokenizer(BytePairTokenizer):
-    """A vocabulary that was trained on a text. tokenizer.json has its tokens in GPT-2's printable alphabet of bytes."""
+    """A vocabulary that was learned from a text: the 256 bytes, pairs in the order they were learned, end of text."""
 
-    kind = "bpe"
-    learns = True
-
-    def __init__(self, tokens: Sequence[bytes]) -> None:
-        """tokens: the 256 bytes in any order, then what they are merged to. ValueError for anything else."""
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        if len(ranks) != len(tokens) or sorted(tokens[:256]) != [bytes([i]) for i in range(256)]:
-            raise ValueError("the tokens must be the 256 bytes, then longer ones, each once")
-        for token, rank in ranks.items():
-            halves = ((token[:i], token[i:]) for i in range(1, len(token)))
-            if rank >= 256 and not any(max(ranks.get(a, rank), ranks.get(b, rank)) < rank for a, b in halves):
-                raise ValueError(f"{token!r} is not made of two tokens before it")
-        super().__init__(tokens, tiktoken.Encoding("bpe", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={}))
-
-    @property
-    def name(self) -> str:
-        return f"bpe:{self.n_vocab}"
+    def __init__(self, tokens: Iterable[bytes]) -> None:
+        """tokens: the bytes of each id but the end-of-text id. ValueError for what cannot have been learned."""
+        tokens = tuple(tokens)
+        if not bpe.merges(tokens):
+            raise ValueError("there is no pair")
+        self.name = f"bpe:{len(tokens) + 1}"
+        super().__init__(tokens, _tiktoken_encoding(self.name, tokens))
 
     @classmethod
-    def build(cls, texts: Iterable[str], size: str = "") -> TrainedTokenizer:
-        """Train on these texts. size: ids in all, at least 257, the bytes and the end-of-text id."""
-        if not (size.isdecimal() and 257 <= int(size) <= MAX_VOCAB):
-            raise UserError(f"--tokenizer bpe:{size}: give a number of ids from 257 to {MAX_VOCAB:,}, such as bpe:2048")
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # here: only training needs it
-
-        trained = Tokenizer(models.BPE())
-        trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits by GPT-2's pattern
-        trainer = trainers.BpeTrainer(
-            vocab_size=int(size) - 1, min_frequency=2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )  # fmt: skip
-        trained.train_from_iterator(texts, trainer)
-        vocabulary = trained.get_vocab()
-        if len(vocabulary) < int(size) - 1:
-            most = len(vocabulary) + 1
-            raise UserError(
-                f"--tokenizer bpe:{size}: the training text has pairs for {most:,} ids only: give bpe:{most}"
-            )
-        return cls([_from_printable(token) for token in sorted(vocabulary, key=vocabulary.__getitem__)])
+    def train(cls, texts: Iterable[str], n_vocab: int) -> TrainedTokenizer:
+        """Learn from `texts`, see `bpe.learn`. UserError if too few pairs occur twice in them."""
+        tokens = bpe.learn(texts, n_vocab - 1)
+        if (most := len(tokens) + 1) < n_vocab:
+            limit = f"the pairs that occur twice in this text make {most:,} ids at most"
+            advice = f"use bpe:{most}, or give more text" if most >= MIN_VOCAB else "give more text"
+            raise UserError(f"bpe:{n_vocab} is too large, {limit}: {advice}")
+        return cls(tokens)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> TrainedTokenizer:
-        return cls([_from_printable(token) for token in fields["tokens"]])
+        tokenizer = cls(map(bpe.from_printable, fields["tokens"]))
+        if tokenizer.fields()["tokens"] != fields["tokens"]:
+            raise ValueError("tokens must be a list of strings")
+        return tokenizer
 
     def fields(self) -> dict[str, Any]:
-        return {"tokens": [printable(token) for token in self._bytes[: self.eot_id]]}
+        return {"tokens": [bpe.to_printable(token) for token in self.tokens]}
 
 
-# Every kind of tokenizer; a new one is added here.
-TOKENIZERS: dict[str, type[Tokenizer]] = {
-    tokenizer.kind: tokenizer for tokenizer in (CharTokenizer, GPT2Tokenizer, TrainedTokenizer)
-}
+# Every kind of tokenizer by its name, "bpe" for "bpe:N"; a new one is added here.
+TOKENIZERS: dict[str, type[Tokenizer]] = {"char": CharTokenizer, "gpt2": GPT2Tokenizer, "bpe": TrainedTokenizer}
 
 
 def build_tokenizer(name: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer called `name`, built for `texts`: "char", "gpt2", "bpe:N", or a folder in which one was saved."""
-    if (kind := tokenizer_kind(name)) is not None:
-        return kind.build(texts, name.partition(":")[2])
-    if Path(name).exists():
-        return load_tokenizer(Path(name) if Path(name).is_dir() else Path(name).parent)
+    """The tokenizer `name`: char, gpt2 or bpe:N, built for `texts`; or the path of a folder with a saved one.
+
+    texts: read by char and bpe:N only; see `bpe.learn`.
+    """
+    if (n_vocab := trained_size(name)) is not None:
+        return TrainedTokenizer.train(texts, n_vocab)
+    if name in TOKENIZERS:
+        return TOKENIZERS[name].build(texts)
+    if (saved := _saved_tokenizer(name)) is not None:
+        return saved
     raise UserError(f"unknown tokenizer {name!r}: choose char, gpt2, bpe:N, or the folder of a trained one")
 
 
-def tokenizer_kind(name: str) -> type[Tokenizer] | None:
-    """The class that builds the tokenizer called `name`; None if it is no name of a kind."""
-    kind, colon, _ = name.partition(":")
-    return None if bool(colon) != (kind == TrainedTokenizer.kind) else TOKENIZERS.get(kind)
+def trained_size(name: str) -> int | None:
+    """N if `name` is bpe:N, which learns from the training part of a text alone; else None. UserError for a bad N."""
+    kind, _, size = name.partition(":")
+    if kind != "bpe":
+        return None
+    if not re.fullmatch("[1-9][0-9]{0,8}", size) or not MIN_VOCAB <= int(size) <= MAX_VOCAB:
+        sizes = f"a number from {MIN_VOCAB} (the bytes, one pair, end of text) to {MAX_VOCAB:,}"
+        raise UserError(f"{name!r} is no size of a byte-pair vocabulary: after bpe: give {sizes}, such as bpe:2048")
+    return int(size)
+
+
+def is_called(tokenizer: Tokenizer, name: str) -> bool:
+    """Whether `name`, as build_tokenizer takes it, means this tokenizer: it is its name, or where an equal one is."""
+    if name == tokenizer.name or name in TOKENIZERS or trained_size(name) is not None:
+        return name == tokenizer.name
+    saved = _saved_tokenizer(name)
+    return saved is not None and saved.equals(tokenizer)
+
+
+def _saved_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer in the folder `name`, or in the file `name`; None if there is no such path."""
+    path = Path(name)
+    return load_tokenizer(path.parent if path.name == FILE else path) if path.exists() else None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote into `folder`. UserError if it is missing or damaged."""
+    """The tokenizer that `Tokenizer.save` wrote into `folder`."""
     path = folder / FILE
     try:
         fields = json.loads(path.read_bytes())
-        if fields["format"] != FORMAT or fields["name"] not in TOKENIZERS:
+        kind = fields["name"].partition(":")[0]
+        if fields["format"] != FORMAT or kind not in TOKENIZERS:
             unknown = f"format {fields['format']!r}, tokenizer {fields['name']!r} is unknown here"
             known = f"this version reads format {FORMAT} with one of {', '.join(TOKENIZERS)}"
             raise UserError(f"{path}: {unknown}\n{known}")
-        return TOKENIZERS[fields["name"]].from_fields(fields)
+        tokenizer = TOKENIZERS[kind].from_fields(fields)
+        if tokenizer.name != fields["name"]:
+            raise ValueError("it has another number of tokens than its name says")
+        return tokenizer
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} has no tokenizer: there is no {FILE} in it") from None
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -317,34 +327,6 @@ def _some(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# Byte pairs
-
-
-def _last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that are left when `token` is encoded by the tokens of lower rank."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        i = pairs.index(min(pairs))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
-
-
-_VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_HIDDEN = [i for i in range(256) if i not in _VISIBLE]
-_PRINTABLE = {i: chr(i) for i in _VISIBLE} | {i: chr(256 + n) for n, i in enumerate(_HIDDEN)}
-_BYTES = {char: i for i, char in _PRINTABLE.items()}
-
-
-def printable(token: bytes) -> str:
-    """A token in the alphabet of GPT-2's vocab.json: a visible character for each byte, "Ġthe" for b" the"."""
-    return "".join(_PRINTABLE[i] for i in token)
-
-
-def _from_printable(token: str) -> bytes:
-    return bytes(_BYTES[char] for char in token)
-
-
 # GPT-2's vocabulary
 
 _VOCABULARY = Path(__file__).parent / "assets" / "gpt2-vocabulary.xz"
@@ -355,16 +337,20 @@ _N_RANKS = 50256
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
+def _tiktoken_encoding(name: str, tokens: Sequence[bytes]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        name,
+        pat_str=_PATTERN,
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens={"<|endoftext|>": len(tokens)},
+        explicit_n_vocab=len(tokens) + 1,
+    )
+
+
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
     """GPT-2's encoding, built from the packaged vocabulary: no network and no cache folder."""
-    return tiktoken.Encoding(
-        "gpt2",
-        pat_str=_PATTERN,
-        mergeable_ranks={token: rank for rank, token in enumerate(_read_vocabulary())},
-        special_tokens={"<|endoftext|>": _N_RANKS},
-        explicit_n_vocab=_N_RANKS + 1,
-    )
+    return _tiktoken_encoding("gpt2", _read_vocabulary())
 
 
 @functools.cache
@@ -382,45 +368,49 @@ def _read_vocabulary(asset: Path = _VOCABULARY) -> tuple[bytes, ...]:
     return tokens
 
 
-# Training one
+# The command
 
 
 @dataclass(frozen=True)
-class Train:
-    """Train a byte-pair vocabulary on text files, for --tokenizer FOLDER of train.py and model.data."""
+class TokenizerConfig:
+    """Learn a byte-pair vocabulary from the whole of some texts, and save it for --tokenizer DIR."""
 
-    files: tyro.conf.Positional[tuple[Path, ...]]  # text files, or folders of .txt files
-    vocab_size: int = 4096  # ids, the 256 bytes and the end-of-text id included
-    out: Path = Path("vocabulary")  # folder for tokenizer.json
+    command: tyro.conf.Positional[Literal["train"]]
+    files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILES")]]
+    """text files, or folders of .txt files"""
+    vocab_size: int
+    """number of ids, with the 256 bytes and the end of text"""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """new folder for tokenizer.json; without it bpe-N"""
 
 
-Command = Annotated[Train, tyro.conf.subcommand("train")] | Annotated[None, tyro.conf.Suppress]
+def main(cfg: TokenizerConfig) -> None:
+    from model.data import books  # here, as model.data imports this module
 
-
-def main(command: Train) -> None:
-    from model.data import books  # here, as it imports this module
-
-    if not command.files:
-        raise UserError("name at least one text file: python -m model.tokenizer train FILE ...")
-    if (command.out / FILE).exists():
-        raise UserError(f"{command.out} holds a tokenizer already: choose another folder with --out")
-    paths = [path for source in command.files for path in books.documents(source)]
-    n_bytes = 0
+    name = f"bpe:{cfg.vocab_size}"
+    trained_size(name)  # refuses a size that cannot be
+    out = cfg.out or Path(name.replace(":", "-"))
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists: choose another folder with --out, or remove it")
+    paths = list(dict.fromkeys(path for source in cfg.files for path in books.documents(source)))
+    if not paths:
+        raise UserError("nothing to learn from: give text files, or folders of them")
+    size = sum(path.stat().st_size for path in paths)
 
     def texts() -> Iterator[str]:
-        nonlocal n_bytes
-        for path in paths:
-            for text in pieces(books.clean(books.read(path))):
-                n_bytes += len(text.encode())
-                progress.advance(len(text.encode()))
-                yield text
+        return (text for path in paths for text in pieces(books.blocks(path)))
 
-    with LiveLine("reading", sum(path.stat().st_size for path in paths), is_bytes=True, stderr=True) as progress:
-        tokenizer = TrainedTokenizer.build(texts(), str(command.vocab_size))
-    tokenizer.save(command.out)
-    print(f"{command.out / FILE}: {tokenizer.n_vocab:,} ids, trained on {n_bytes:,} bytes")
-    print(f"use it with --tokenizer {command.out}")
+    tokenizer = build_tokenizer(name, bpe.sample(texts(), size))
+    n_tokens = n_bytes = 0
+    with LiveLine("encoding", size, is_bytes=True, stderr=True) as progress:
+        for text in texts():
+            n_tokens += len(tokenizer.encode(text))
+            n_bytes += (encoded := len(text.encode()))
+            progress.advance(encoded)
+    tokenizer.save(out)
+    print(f"{out / FILE}: {cfg.vocab_size:,} tokens; {n_bytes / n_tokens:.2f} bytes per token on {n_bytes:,} bytes")
+    print(f"use it: python train.py --tokenizer {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":
-    run(main, Command, prog="python -m model.tokenizer")  # type: ignore[arg-type]
+    run(main, TokenizerConfig, prog="python -m model.tokenizer")

@@ -607,6 +607,26 @@ def test_load_model_gives_the_model_and_its_tokenizer(run):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_load_model_refuses_the_tokenizer_of_another_model(run):
+    save(run, 10)
+    CharTokenizer("abcde").save(run / "tokenizer")
+    with pytest.raises(
+        UserError, match="/tokenizer is not the tokenizer of the model: char has 6 ids, and the model 5\n"
+    ):
+        checkpoint.load_model(run)
+
+
+def test_load_model_refuses_another_tokenizer_than_the_data_have(run):
+    save(run, 10)
+    CharTokenizer("abcd").save(run / "data")
+    checkpoint.load_model(run)
+    CharTokenizer("abce").save(run / "tokenizer")  # as many ids
+    with pytest.raises(
+        UserError, match=r"/tokenizer is not the tokenizer of .*/data\ncopy .*/data/tokenizer\.json into"
+    ):
+        checkpoint.load_model(run)
+
+
 def test_load_model_reads_only_the_averages(run):
     folder = save(run, 10)
     for name in ("model.safetensors", "optimizer.safetensors", "trainer.safetensors"):

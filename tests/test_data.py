@@ -20,7 +20,7 @@ import torch
 
 from model import tokenizer as tk
 from model.cli import UserError
-from model.data import Loader, books, corpus, get_batch, load, prepare, shards, verify, windows
+from model.data import Loader, books, get_batch, load, prepare, shards, verify, windows
 from model.data.shards import Shard, Tokens, Writer
 from model.tokenizer import CharTokenizer, GPT2Tokenizer
 
@@ -53,7 +53,7 @@ def small_pieces(monkeypatch):
     """Many pieces from a small text: the seams between them are where ids could go wrong."""
     monkeypatch.setattr(tk, "PIECE", 64)
     monkeypatch.setattr(tk, "LONGEST_PIECE", 256)
-    monkeypatch.setattr(corpus, "PIECE", 50)
+    monkeypatch.setattr(books, "_BLOCK", 50)
 
 
 # What prepare writes
@@ -191,7 +191,7 @@ def test_a_ready_tokenizer_is_used_as_it_is(tmp_path):
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(books, "_READ_BYTES", 1 << 16)
     monkeypatch.setattr(tk, "PIECE", 1 << 14)
-    monkeypatch.setattr(corpus, "PIECE", 1 << 14)
+    monkeypatch.setattr(books, "_BLOCK", 1 << 14)
     monkeypatch.setattr(shards, "_BLOCK_BYTES", 1 << 16)
     text = "".join(f"line {i} of a long text\n" for i in range(4000))
     path = write_corpus(tmp_path / "c", a=text) / "a.txt"

@@ -2,8 +2,8 @@
 
     python -m model.data.books list [FOLDER]     # chapters, characters and words of each work in FOLDER (default: Book)
 
-`read` (bytes -> text) and `clean` (text -> the work alone) are streams that hold about a megabyte, whatever the size of
-the file.
+`read` (bytes -> text), `clean` (text -> the work alone) and `blocks` (both) are streams that hold about a megabyte,
+whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tyro.conf import Positional
 from model.cli import UserError, run
 
 _READ_BYTES = 1 << 20
+_BLOCK = 1 << 17  # characters
 _TEXT_NAME = r"(?!readme\.txt)[^.].*\.txt"
 # Longest header or footer in characters; Project Gutenberg's have about 1,000 and 19,000. Also the longest line that is
 # held in memory.
@@ -139,6 +140,18 @@ def clean(lines: Iterable[str]) -> Iterator[str]:
     yield from blank
     if outside and not ended:
         yield from held
+
+
+def blocks(path: Path) -> Iterator[str]:
+    """The clean text of a file in parts of about 131,072 characters, which cost less than its lines one by one."""
+    block = io.StringIO()
+    for line in clean(read(path)):
+        block.write(line)
+        if block.tell() >= _BLOCK:
+            yield block.getvalue()
+            block = io.StringIO()
+    if block.tell():
+        yield block.getvalue()
 
 
 def _lines(parts: Iterable[str]) -> Iterator[str]:

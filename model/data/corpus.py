@@ -7,7 +7,6 @@ text is in both. The end-of-text id separates documents; there is none after the
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -24,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from model import files
+from model import bpe, files
 from model.cli import LiveLine, UserError
 from model.data import books, shards
 from model.data.shards import BadShard, Shard, Tokens
 from model.tokenizer import FILE as TOKENIZER_FILE
-from model.tokenizer import PIECE, Tokenizer, build_tokenizer, load_tokenizer, pieces, tokenizer_kind
+from model.tokenizer import Tokenizer, build_tokenizer, is_called, load_tokenizer, pieces, trained_size
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -77,7 +76,7 @@ def open_source(source: Path, folder: Path, tokenizer: str, *, skip_bad_shards: 
     if (source / _META_FILE).is_file():
         meta = _read_meta(source)
         builder = load_tokenizer(source)
-        if builder.name != tokenizer and (tokenizer_kind(tokenizer) or not _is_equal(builder, tokenizer)):
+        if not is_called(builder, tokenizer):
             raise UserError(f"{source} was made with --tokenizer {builder.name}, not {tokenizer}: give that one")
         here = source.absolute()
         entries = {s: [{**entry, "path": str(here / entry["path"])} for entry in meta[s]["shards"]] for s in SPLITS}
@@ -110,9 +109,9 @@ def prepare(
 
     tokenizer: what `build_tokenizer` takes, or a ready one. The first int(characters * (1 - val_fraction)) characters
     of each document, after `books.clean`, are train. shard_tokens: at most so many ids in a shard. The text is read
-    twice (to count, and to encode), and once more to train a vocabulary on what is train, in bounded memory. `folder`
-    replaces an older token folder and appears only when it is complete; a killed run leaves `<folder>.incomplete-...`,
-    which may be deleted.
+    twice (to count, and to encode), for bpe:N once more in between (to learn from what is train), in bounded memory.
+    `folder` replaces an older token folder and appears only when it is complete; a killed run leaves
+    `<folder>.incomplete-...`, which may be deleted.
     """
     if not 0 <= val_fraction <= 1:
         raise UserError(f"val_fraction is {val_fraction}: give the share of the text for validation, from 0 to 1")
@@ -121,7 +120,9 @@ def prepare(
     source, folder = Path(source), Path(folder).resolve()
     _refuse_other_folders(folder)
     paths = books.documents(source)
-    tokenizer, documents, n_bytes = _survey(paths, tokenizer, 1 - val_fraction)
+    tokenizer, documents, n_bytes = _survey(paths, tokenizer)
+    if isinstance(tokenizer, str):
+        tokenizer = _train_tokenizer(tokenizer, documents, 1 - val_fraction)
     with files.new_folder(folder, _incomplete(folder)) as partial:
         texts = _split_documents(documents, 1 - val_fraction)
         written = _write_tokens(texts, tokenizer, partial, shard_tokens, n_bytes)
@@ -263,12 +264,6 @@ def _incomplete(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.incomplete-{secrets.token_hex(4)}")
 
 
-def _is_equal(tokenizer: Tokenizer, path: str) -> bool:
-    """Whether the tokenizer saved at `path` is this one."""
-    other = build_tokenizer(path, ())
-    return (other.name, other.fields()) == (tokenizer.name, tokenizer.fields())
-
-
 def _progress(label: str, n_bytes: int) -> LiveLine:
     return LiveLine(label, max(n_bytes, 1), is_bytes=True, stderr=True)
 
@@ -276,20 +271,17 @@ def _progress(label: str, n_bytes: int) -> LiveLine:
 # Preparing
 
 
-def _survey(
-    paths: list[Path], tokenizer: str | Tokenizer, train_fraction: float
-) -> tuple[Tokenizer, list[tuple[Path, int]], int]:
+def _survey(paths: list[Path], tokenizer: str | Tokenizer) -> tuple[str | Tokenizer, list[tuple[Path, int]], int]:
     """First pass: build the tokenizer if need be, and count each document's characters and all UTF-8 bytes.
 
-    A vocabulary is trained on the training part in a pass of its own: the count says where that part ends.
+    The name of a tokenizer that is yet to be trained is returned as it is: the counts tell what it may learn from.
     """
-    learns = isinstance(tokenizer, str) and (kind := tokenizer_kind(tokenizer)) is not None and kind.learns
     documents: list[tuple[Path, int]] = []
 
     def texts() -> Iterator[str]:
         for path in paths:
             characters = 0
-            for text in _blocks(path):
+            for text in books.blocks(path):
                 characters += len(text)
                 progress.advance(len(text.encode()))
                 yield text
@@ -299,33 +291,18 @@ def _survey(
 
     with _progress("reading", sum(path.stat().st_size for path in paths)) as progress:
         stream = texts()
-        if isinstance(tokenizer, str) and not learns:
+        if isinstance(tokenizer, str) and trained_size(tokenizer) is None:
             tokenizer = build_tokenizer(tokenizer, stream)
         deque(stream, maxlen=0)  # counts what the tokenizer did not need to see
-    n_bytes = int(progress.done)
-    if isinstance(tokenizer, str):
-        with _progress("training the vocabulary", n_bytes) as progress:
-            tokenizer = build_tokenizer(tokenizer, _training_texts(documents, train_fraction, progress))
-    return tokenizer, documents, n_bytes
+    return tokenizer, documents, int(progress.done)
 
 
-def _training_texts(documents: list[tuple[Path, int]], train_fraction: float, progress: LiveLine) -> Iterator[str]:
-    for _, split, text in _split_documents(documents, train_fraction):
-        progress.advance(len(text.encode()))
-        if split == "train":
-            yield text
-
-
-def _blocks(path: Path) -> Iterator[str]:
-    """The clean text of a file in parts of about PIECE characters, which cost less than its lines one by one."""
-    block = io.StringIO()
-    for line in books.clean(books.read(path)):
-        block.write(line)
-        if block.tell() >= PIECE:
-            yield block.getvalue()
-            block = io.StringIO()
-    if block.tell():
-        yield block.getvalue()
+def _train_tokenizer(name: str, documents: list[tuple[Path, int]], train_fraction: float) -> Tokenizer:
+    """The pass of a tokenizer that is learned: from the training part of each document."""
+    texts = (text for _, split, text in _split_documents(documents, train_fraction) if split == "train")
+    return build_tokenizer(
+        name, bpe.sample(texts, sum(int(characters * train_fraction) for _, characters in documents))
+    )
 
 
 def _split_documents(documents: list[tuple[Path, int]], train_fraction: float) -> Iterator[_Piece]:
@@ -340,7 +317,7 @@ def _split_documents(documents: list[tuple[Path, int]], train_fraction: float) -
 def _split(path: Path, characters: int, n_train: int) -> Iterator[tuple[str, str]]:
     """(split, text): the first n_train characters of a document are train, the rest is val."""
     seen = 0
-    for text in _blocks(path):
+    for text in books.blocks(path):
         cut = max(n_train - seen, 0)
         seen += len(text)
         if text[:cut]:
