@@ -48,13 +48,32 @@ SHORTER = {
     "python train.py --data": [*TINY, "--steps", "2"],
     "python train.py --resume": ["--steps", "6"],
     "python train.py --preset": [*TINY, "--steps", "2", "--n-head", "1", "--grad-accum", "1"],
+    "python train.py --tokenizer": [*TINY, "--minutes", "0.01"],
+    "python train.py --until-loss": [*TINY, "--steps", "2", "--data", "corpus.txt"],
     "torchrun": [*TINY, "--steps", "2"],
+    "python -m model.tokenizer": ["--vocab-size", "270"],
     "python -m model.generate": ["--tokens", "20"],
     "python -m kernels check": ["--op", "bias_gelu", "--quick"],
     "python -m bench static": ["--op", "bias_gelu", "--bench-only"],
     "python -m bench kernels": ["--op", "bias_gelu", "--quick", "--provider", "eager", "--seconds", "0.01"],
     "python -m bench train": [
         *("--preset", "tiny", "--batch", "1", "--context", "8", "--provider", "eager", "hf", "--seconds", "0.01"),
+    ],
+    "python -m bench quality": [
+        *(
+            "--until-loss",
+            "0",
+            "--minutes",
+            "0.01",
+            "--seeds",
+            "1",
+            "--preset",
+            "tiny",
+            "--data",
+            "corpus.txt",
+            "--",
+            *TINY,
+        )
     ],
     "python -m bench generate": [
         *("--preset", "tiny", "--batch", "1", "--prompt", "16", "--tokens", "32", "--seconds", "0.01"),
@@ -79,7 +98,7 @@ PROCESS = {  # what needs a process of its own: several of them, a pytest in pyt
     "pytest": ["-m", "pytest"],
     "python -m bench static": ["-m", "bench", "static"],
 }
-SLOW = (*PROCESS, *(f"python -m bench {what}" for what in ("kernels", "train", "generate", "memory")))
+SLOW = (*PROCESS, *(f"python -m bench {what}" for what in ("kernels", "train", "quality", "generate", "memory")))
 
 
 def _run(argv, cwd):
@@ -307,8 +326,8 @@ def test_tolerance_rule_is_the_one_in_use():
 
 def test_options_and_presets_of_training_exist():
     text, flags = READMES["model/training/README.md"], {f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig)}
-    torchruns = {"--max-restarts", "--standalone", "--nproc-per-node"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags | torchruns
+    others = {"--max-restarts", "--standalone", "--nproc-per-node", "--vocab-size"}  # torchrun's, model.tokenizer's
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags | others
     assert set(preset_names()) == set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.M))))
 
 
