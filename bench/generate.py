@@ -24,15 +24,16 @@ from torch import Tensor
 
 from bench import command, peer_models
 from bench.record import CONTROL, Report, Row, dtype_name
-from bench.timing import Call, Measured, Partial, Refused, clocks, measure, on_stream
+from bench.timing import Call, Measured, Partial, Refused, clocks, measure
 from kernels import use_backend
 from kernels._backend import Backend
 from kernels._proof import OUTPUT_FACTOR, budget
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
+from model.decoder import Decoder
 from model.generate import prepare_for_decoding
 from model.gpt import GPT
-from model.kv_cache import KVCache
+from model.sampling import Sampling
 
 PROVIDERS = ("eager", "triton", "triton+graph", "hf", "hf_static")
 # (how many tokens, a function to call once the first of them is written) -> their ids, (B, that many) int64
@@ -137,57 +138,27 @@ def _phase(measured: Measured, phase: str) -> Measured:
 def _writer(name: str, task: _Task) -> Write:
     if name.startswith("hf"):
         return _theirs(task, "static" if name == "hf_static" else None)
-    ours = _Ours(task, "eager" if name == "eager" else "triton")
-    if name == "triton+graph":
-        ours.capture()
-    return ours
+    return _Ours(task, "eager" if name == "eager" else "triton", graph=name == "triton+graph")
 
 
 class _Ours:
     """Our model's greedy continuation of a batch. The ids stay on the device, and no step waits for one."""
 
-    def __init__(self, task: _Task, backend: Backend) -> None:
+    def __init__(self, task: _Task, backend: Backend, *, graph: bool = False) -> None:
         B, P = task.prompt.shape
-        self.model, self.prompt, self.backend = task.model, task.prompt, backend
-        dtype, device = task.model.dtype, task.prompt.device
-        self.cache = KVCache(task.model.config, B, P + task.tokens, dtype=dtype, device=device)
-        self.token = torch.empty((B, 1), dtype=torch.int64, device=device)  # the last one written
-        self.text = torch.empty((B, P + task.tokens + 1), dtype=torch.int64, device=device)
-        self.step: Call = lambda: self._read(self.token)
+        self.prompt, self.backend = task.prompt, backend
+        self.decoder = Decoder(task.model, B, P + task.tokens, sampling=Sampling(temperature=0), graph=graph)
+        self.ids = torch.empty((B, task.tokens + 1), dtype=torch.int64, device=task.prompt.device)
 
-    @torch.inference_mode()
     def __call__(self, tokens: int, after_first: Call = _nothing) -> Tensor:
         """(B, tokens) ids; the next call overwrites them."""
         with use_backend(self.backend):
-            self._begin()
+            self.decoder.prefill(self.prompt)
+            self.ids[:, 0] = self.decoder.draw()
             after_first()
-            for _ in range(tokens - 1):
-                self.step()
-        return self.text[:, self.prompt.shape[1] :][:, :tokens]
-
-    def _begin(self) -> None:
-        self.cache.length = 0
-        self.cache.lengths.zero_()
-        self._read(self.prompt)
-
-    def _read(self, idx: Tensor) -> None:
-        """Read the ids that follow those in the cache, (B, T), and write the likeliest next one."""
-        logits, _ = self.model(idx, logits="last", cache=self.cache)  # (B, 1, V)
-        self.token.copy_(logits.argmax(-1))
-        self.text.index_copy_(1, self.cache.positions[-1:] + 1, self.token)
-
-    @torch.inference_mode()
-    def capture(self) -> None:
-        """Make a step the replay of one CUDA graph, which finds its place by the cache's lengths."""
-        device = self.prompt.device
-        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-        with on_stream(stream), use_backend(self.backend):
-            self(2)  # compiles what a step launches
-            self._begin()
-            torch.cuda.synchronize(device)
-            with torch.cuda.graph(graph, stream=stream):
-                self.step()
-        self.step = graph.replay
+            for n in range(1, tokens):
+                self.ids[:, n] = self.decoder.step()
+        return self.ids[:, :tokens]
 
 
 def _theirs(task: _Task, cache: str | None) -> Write:

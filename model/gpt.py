@@ -63,6 +63,7 @@ class GPT(nn.Module):
         *,
         logits: Literal["all", "last"] = "all",
         cache: KVCache | None = None,
+        lengths: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """idx, targets: (B, T) int64, T <= n_positions -> (logits, None), or (None, loss) where there are targets.
@@ -74,10 +75,13 @@ class GPT(nn.Module):
 
         documents: (B, T) integers; a token attends only to its own document, a run of equal numbers.
 
-        With a cache, idx are the tokens after those in it and are appended: any number to an empty cache, then one at a
-        time. For inference, in eval mode; ValueError where the cache is full or gradients are enabled.
+        With a cache, idx are the tokens after those in it and are appended: any number to an empty cache, then one a
+        sequence at a time. For inference, in eval mode; ValueError where the cache is full or gradients are enabled.
+
+        lengths: (B,) int64, 1 to T, of texts of different lengths that are padded on the right with any ids: the cache
+        counts, and logits="last" computes, the last token of each text. No token attends to the padding after it.
         """
-        x = self._embed(idx, cache)  # (B, T, C), the residual stream
+        x = self._embed(idx, cache, lengths)  # (B, T, C), the residual stream
         blocks: list[Block] = [*self.transformer.h]  # type: ignore[list-item]
         normed = blocks[0].ln_1(x)  # (B, T, C)
         next_norms = [*(block.ln_1 for block in blocks[1:]), self.transformer.ln_f]
@@ -93,9 +97,11 @@ class GPT(nn.Module):
         if targets is not None:
             # logits = normed @ wte.T; loss = F.cross_entropy(logits, targets)
             return None, linear_cross_entropy(normed.flatten(0, 1), wte, targets.flatten(), IGNORE_INDEX)
-        return lm_logits(normed[:, -1:] if logits == "last" else normed, wte), None  # (B, T or 1, V)
+        if logits == "last":
+            normed = normed[:, -1:] if lengths is None else normed.take_along_dim(lengths[:, None, None] - 1, 1)
+        return lm_logits(normed, wte), None  # (B, T or 1, V)
 
-    def _embed(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+    def _embed(self, idx: Tensor, cache: KVCache | None, lengths: Tensor | None) -> Tensor:
         """(B, T) ids -> (B, T, C), summed in float32 and rounded once."""
         B, T = idx.shape
         if self.config.n_positions < T:
@@ -106,7 +112,7 @@ class GPT(nn.Module):
             low, high, V = int(idx.min()), int(idx.max()), self.config.vocab_size
             raise ValueError(f"token ids must lie in [0, {V}), got ids from {low} to {high}") from None
         wpe = self.transformer.wpe
-        positions = wpe.weight[:T] if cache is None else wpe(cache.extend(B, T))  # (T, C)
+        positions = wpe.weight[:T] if cache is None else wpe(cache.extend(B, T, lengths))  # (T, C) or (B, 1, C)
         return F.dropout((tokens + positions).to(self.dtype), self.config.embd_pdrop, self.training)
 
     def _dropout_seeds(self, device: torch.device) -> list[list[Tensor] | None]:
@@ -227,7 +233,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))  # (B, H, T, D)
             k_cache, v_cache = cache.write(self.layer, k, v)
-            if cache.length > x.shape[1]:  # one token, after others
+            if not cache.is_prefill:  # one token, after others
                 o = decode_attention(q[:, :, 0], k_cache, v_cache, cache.lengths)  # (B, H, D)
                 return self.c_proj(o.flatten(1)[:, None])  # (B, 1, C)
         p = self.attn_pdrop if self.training else 0.0

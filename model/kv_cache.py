@@ -9,11 +9,11 @@ from model.config import GPTConfig
 
 
 class KVCache:
-    """Room for the first S tokens of B sequences of the same length; GPT.forward fills it and reads it.
+    """Room for the first S tokens of each of B sequences; GPT.forward fills it and reads it.
 
-    k, v: (n_layer, B, H, S, D) in the model's dtype, of which the first `length` places hold tokens.
+    k, v: (n_layer, B, H, S, D) in the model's dtype, of which the first lengths[b] places of sequence b hold tokens.
     lengths: (B,) int64, what decode_attention reads: on the device, so the host never waits for it.
-    length: the same number on the host.
+    length: on the host, at least the largest of them; 0 where the cache is empty.
     """
 
     def __init__(
@@ -27,10 +27,16 @@ class KVCache:
         self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
         self.length = 0
-        self.positions = torch.arange(0, device=device)  # of the tokens of this step: none so far
+        self.is_prefill = True  # whether the tokens of this step are the first
+        self._rows = S * torch.arange(B * config.n_head, device=device).view(
+            B, config.n_head
+        )  # (B, H) places of the first tokens
+        self._places = self._rows.flatten()  # (B * H,): where this step's token goes, in k and v as (B * H * S, D)
 
-    def extend(self, B: int, T: int) -> Tensor:
-        """Make room for T more tokens of each sequence -> (T,) int64: their positions.
+    def extend(self, B: int, T: int, lengths: Tensor | None = None) -> Tensor:
+        """Make room for T more tokens of each sequence -> their positions, int64: (T,), or (B, 1) after other tokens.
+
+        lengths: (B,) int64, how many of the T are text where a cache is empty; the others are padding. Default: all.
 
         ValueError, with nothing changed, for another batch size, a full cache, or T other than 1 in a cache that holds
         tokens; and if gradients are enabled, which a cache would keep alive step after step.
@@ -42,16 +48,51 @@ class KVCache:
             raise ValueError(f"the cache has {len(self.lengths)} sequences, got {B}")
         if self.length + T > S:
             raise ValueError(f"the cache is full: it has room for {S} tokens, holds {self.length}, and got {T} more")
-        if self.length and T != 1:
-            raise ValueError(f"a cache that holds tokens takes one at a time, got {T}: read a text into a new one")
-        self.positions = self.lengths[:1] + torch.arange(T, device=self.lengths.device)
-        self.lengths += T
+        if self.length and (T != 1 or lengths is not None):
+            got = f"{T}" if T != 1 else "lengths of several"
+            raise ValueError(f"a cache that holds tokens takes one at a time, got {got}: read a text into a new one")
+        self.is_prefill = self.length == 0
+        if self.is_prefill:
+            positions = torch.arange(T, device=self.lengths.device)
+            if lengths is None:
+                self.lengths.fill_(T)
+            else:
+                self.lengths.copy_(lengths)
+        else:
+            positions = self.lengths[:, None].clone()
+            self._places = (self._rows + positions).flatten()
+            self.lengths += 1
         self.length += T
-        return self.positions
+        return positions
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v: (B, H, T, D) of this step's tokens, any strides -> the layer's whole k and v, (B, H, S, D)."""
         k_cache, v_cache = self.k[layer], self.v[layer]
-        k_cache.index_copy_(2, self.positions, k)
-        v_cache.index_copy_(2, self.positions, v)
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            if self.is_prefill:  # what padding leaves here lies past the lengths, until tokens take its place
+                cache[:, :, : new.shape[2]] = new
+            else:
+                cache.flatten(0, 2).index_copy_(0, self._places, new.flatten(0, 2))
         return k_cache, v_cache
+
+    def clear(self, sequences: Tensor | None = None) -> None:
+        """Drop the tokens of these sequences, (R,) int64, of all of them by default. No host sync.
+
+        `length` changes only where all are dropped: whoever drops some sets it.
+        """
+        if sequences is None:
+            self.lengths.zero_()
+            self.length = 0
+        else:
+            self.lengths.index_fill_(0, sequences, 0)
+
+    def put(self, sequences: Tensor, other: KVCache, sources: Tensor) -> None:
+        """Replace sequences[i] by sequence sources[i] of another cache of the same model; (R,) int64 each.
+
+        What is replaced may be longer; `length` stays at least the largest.
+        """
+        T = other.length
+        for own, read in ((self.k, other.k), (self.v, other.v)):
+            own[:, :, :, :T].index_copy_(1, sequences, read[:, :, :, :T].index_select(1, sources))
+        self.lengths.index_copy_(0, sequences, other.lengths.index_select(0, sources))
+        self.length = max(self.length, T)

@@ -267,12 +267,67 @@ def test_last_logits_come_from_the_cache(device):
     assert cache.length == 6 and cache.lengths.tolist() == [6, 6]
 
 
+def padded(rows, T, fill):
+    return torch.stack([torch.cat([row, row.new_full((T - len(row),), fill)]) for row in rows])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_texts_of_different_lengths_share_a_cache(backend, device):
+    """Read with padding, then a token each: the logits of each are those of its text alone."""
+    net, lengths = build(torch.float32, device), torch.tensor([1, 6, 4], device=device)
+    texts = [torch.randint(61, (n + 2,)).to(device) for n in lengths]
+    cache = KVCache(CONFIG, 3, dtype=torch.float32, device=device)
+    cache.k.fill_(float("nan"))
+    cache.v.fill_(float("nan"))
+    with torch.inference_mode():
+        alone = [net(text[None])[0][0] for text in texts]
+    with torch.inference_mode(), use_backend(backend):
+        for padding in (0, 60)[: 1 if backend == "triton" else 2]:  # what the padding is does not matter
+            cache.clear()
+            idx = padded([text[:n] for text, n in zip(texts, lengths, strict=True)], 7, padding)
+            got = [net(idx, logits="last", cache=cache, lengths=lengths)[0]]
+            assert torch.equal(got[0], net(idx, logits="last", lengths=lengths)[0])  # without a cache too
+            for t in range(2):
+                idx = torch.stack([text[n + t] for text, n in zip(texts, lengths, strict=True)])[:, None]
+                got.append(net(idx, logits="last", cache=cache)[0])
+            for b, n in enumerate(lengths):
+                torch.testing.assert_close(torch.cat(got, 1)[b], alone[b][n - 1 :], rtol=0, atol=2e-5)
+    assert cache.lengths.tolist() == [3, 8, 6] and cache.length == 9  # 7 with padding, and 2
+
+
+def test_sequences_are_replaced_by_those_of_another_cache(device):
+    net, (held, text) = build(torch.float32, device), torch.randint(61, (2, 3, 9)).to(device)
+    own, other = (KVCache(CONFIG, B, S, dtype=torch.float32, device=device) for B, S in ((3, 12), (2, 4)))
+    with torch.inference_mode():
+        net(held[:, :8], cache=own)
+        net(text[:2, :4], cache=other, lengths=torch.tensor([4, 2], device=device))
+        own.put(torch.tensor([2, 0], device=device), other, torch.tensor([0, 1], device=device))
+        assert own.lengths.tolist() == [2, 8, 4] and own.length == 8
+        idx = torch.stack([text[1, 2], held[1, 8], text[0, 4]])[:, None]
+        got, _ = net(idx, cache=own)
+        for b, expected in enumerate((text[1, :3], held[1], text[0, :5])):
+            torch.testing.assert_close(got[b, 0], net(expected[None])[0][0, -1], rtol=0, atol=2e-5)
+
+
+def test_cleared_sequence_begins_anew(device):
+    net, idx = build(torch.float32, device), torch.randint(61, (2, 6)).to(device)
+    cache = KVCache(CONFIG, 2, 6, dtype=torch.float32, device=device)
+    with torch.inference_mode():
+        net(idx[:, :5], cache=cache)
+        cache.clear(torch.tensor([1], device=device))
+        got, _ = net(idx[:, 5:], cache=cache)
+        assert cache.lengths.tolist() == [6, 1]
+        torch.testing.assert_close(got[0, 0], net(idx)[0][0, -1], rtol=0, atol=2e-5)
+        torch.testing.assert_close(got[1, 0], net(idx[1:, 5:])[0][0, 0], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("held", "came", "words"),
     [
         (11, (2, 2), "full: it has room for 12 tokens, holds 11, and got 2 more"),
         (12, (2, 1), "full: it has room for 12 tokens, holds 12, and got 1 more"),
         (3, (2, 2), "takes one at a time, got 2"),
+        (3, "lengths", "takes one at a time, got lengths of several"),
         (3, (1, 1), "has 2 sequences, got 1"),
         (3, "ids", r"\[0, 61\)"),
     ],
@@ -280,11 +335,13 @@ def test_last_logits_come_from_the_cache(device):
 def test_cache_refuses_bad_input_and_stays_unchanged(held, came, words):
     net, idx = build(torch.float32, "cpu"), torch.randint(61, (2, 12))
     cache = KVCache(CONFIG, 2, dtype=torch.float32)
+    lengths = torch.ones(2, dtype=torch.int64) if came == "lengths" else None
+    new = torch.full((2, 1), 61) if came == "ids" else torch.zeros((2, 1) if came == "lengths" else came).long()
     with torch.inference_mode():
         net(idx[:, :held], cache=cache)
         before = cache.k.clone()
         with pytest.raises(ValueError, match=words):
-            net(torch.full((2, 1), 61) if came == "ids" else torch.zeros(came, dtype=torch.int64), cache=cache)
+            net(new, cache=cache, lengths=lengths)
     assert cache.length == held and cache.lengths.tolist() == [held, held]
     assert torch.equal(cache.k[:, :, :, :held], before[:, :, :, :held])
 
