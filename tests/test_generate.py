@@ -364,9 +364,16 @@ def cli(capsys, run_folder):
 def script(monkeypatch):
     """Ids to be drawn in place of the model's, one for each text a step, over and over."""
 
-    def set_script(ids):
-        drawn = itertools.cycle(ids)
-        monkeypatch.setattr(decoder, "sample", lambda logits, *_: torch.full((len(logits),), next(drawn)))
+    def set_script(ids) -> itertools.count:
+        """-> a counter of the steps."""
+        drawn, steps = itertools.cycle(ids), itertools.count()
+
+        def draw(logits, *_):
+            next(steps)
+            return torch.full((len(logits),), next(drawn))
+
+        monkeypatch.setattr(decoder, "sample", draw)
+        return steps
 
     return set_script
 
@@ -408,9 +415,10 @@ def test_command_stops_at_eot_by_default(cli, script, tokenizer):
 
 
 def test_command_stops_before_a_text(cli, script, tokenizer):
-    script(tokenizer.encode("out again. "))
+    steps = script(tokenizer.encode("out again. "))
     options = ["--prompt", "a ", "--tokens", 30]
     assert cli(*options, "--stop", "again", "--stop", "xyz")[1] == "a out \n"
+    assert next(steps) == len("out again")  # and nothing is drawn after it
     script(tokenizer.encode("out again. "))
     assert cli(*options, "--stop=n. o")[1] == "a out agai\n"
 
