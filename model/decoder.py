@@ -190,7 +190,7 @@ class Decoder:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.cache.length = 1  # recording reads nothing: whatever the length is now, there is room for it
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may use CUDA
             self._forward()
             self._draw()
         self.graph = graph

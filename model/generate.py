@@ -65,6 +65,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_id: int | None = None,
+    graph: bool | None = None,
 ) -> Iterator[int]:
     """Yield up to `tokens` ids that continue `prompt`, each as soon as it is drawn.
 
@@ -72,13 +73,16 @@ def generate(
     top_k, top_p, min_p, repetition_penalty: see `model.sampling`; the defaults leave the distribution as it is.
     seed: of this text's random numbers: the same arguments give the same ids.
     stop_id: ends the text when it is drawn, and is not yielded; None never stops early.
+    graph: capture the step in a CUDA graph; by default on a GPU. The first two steps pay for it.
 
     A text beyond the model's context is continued from its last tokens (see the module). The model is in evaluation
     mode until the iterator is exhausted or closed. Raises UserError, before the first token, for a prompt that is empty
     or longer than the context, and for invalid settings; later, where the model's logits are NaN.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    steps = generate_batch(model, [Continuation(prompt)], tokens=tokens, sampling=sampling, stop_id=stop_id)
+    steps = generate_batch(
+        model, [Continuation(prompt)], tokens=tokens, sampling=sampling, stop_id=stop_id, graph=graph
+    )
     return _newest_ids(steps)
 
 
@@ -105,7 +109,7 @@ def generate_batch(
     batch_size: texts at a time, all by default; as one ends, the next one takes its place.
     logprobs: fill Continuation.logprobs with the log-probability of each id, in nats, under the model's own softmax:
     before penalty, temperature and filters.
-    graph: see Decoder. stop_id, errors, the model's mode: see generate.
+    stop_id, graph, errors, the model's mode: see generate.
 
     The ids of a text do not depend on the others, up to the rounding of logits, which differs with the batch size.
     """

@@ -11,17 +11,21 @@ ids at a border top-k and top-p keep as many as the definition asks for, top-p a
 
 The draw inverts the cumulative distribution: the first id at which it exceeds u, with u uniform in [0, 1), float64, one
 for each sequence and step. The numbers come from outside, so that the draw can be a part of a CUDA graph and a text
-depends on its own numbers alone.
+depends on its own numbers alone. Probabilities are summed as integers, in units of 2**-50: exact, so the same in any
+order, and an id that a filter has dropped is never drawn.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.cli import UserError
+
+ONE = 2**50  # the unit's inverse: the total of a row, and of any part of it, is a float64 without rounding
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,12 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor | None = None, s
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The first place of each row at which the sum of probs exceeds u times their total -> (B,) int64.
 
-    probs: (B, K), >= 0, of any total; uniforms: (B,) float64 in [0, 1). -1 for a row that sums to 0 or NaN.
+    probs: (B, K), 0 to 1, of any total; uniforms: (B,) float64 in [0, 1). -1 for a row that sums to 0 or NaN.
     """
-    cdf = probs.cumsum(-1, dtype=torch.float64)  # float32 would give ids of less than 6e-8 no chance
+    cdf = _units(probs).cumsum(-1)  # (B, K)
     total = cdf[:, -1:]
-    places = torch.searchsorted(cdf, uniforms[:, None] * total, right=True)  # (B, 1)
+    target = torch.minimum((uniforms[:, None] * total).long(), total - 1)  # the largest u rounds up to the total
+    places = torch.searchsorted(cdf, target, right=True)  # (B, 1)
     return places.where(total > 0, -1)[:, 0]
 
 
@@ -99,6 +104,11 @@ def logits_to_probs(logits: Tensor, sampling: Sampling, seen: Tensor | None = No
 def log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     """The natural logarithm of softmax(logits) at ids, no filter applied: (B, V) float32, (B,) -> (B,) float32."""
     return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _units(probs: Tensor) -> Tensor:
+    """Probabilities -> int64 multiples of 1 / ONE; NaN -> 0."""
+    return (probs.double() * ONE).nan_to_num(0.0).long()
 
 
 def _penalise(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
@@ -122,8 +132,9 @@ def _candidates(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> tupl
         logits, ids = logits.sort(descending=True, stable=True)
     probs = logits.softmax(-1)
     if sampling.top_p < 1:
-        before = probs.cumsum(-1, dtype=torch.float64) - probs  # the sum of those more likely; 0 for the first
-        probs = probs.where(before < sampling.top_p, 0.0)
+        units = _units(probs)
+        before = units.cumsum(-1) - units  # the sum of those more likely; 0 for the first
+        probs = probs.where(before < math.ceil(sampling.top_p * ONE), 0.0)
     if sampling.min_p > 0:
         probs = probs.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs, ids

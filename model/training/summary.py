@@ -46,5 +46,6 @@ def write_sample(model: GPT, tokenizer: Tokenizer, *, tokens: int, seed: int) ->
         ids = tokenizer.encode(prompt)[-model.config.n_positions :]
     except UserError:  # a character tokenizer of a text without these letters
         ids, prompt = [tokenizer.eot_id], ""
-    new = generate(model, ids, tokens=tokens, temperature=SAMPLE_TEMPERATURE, top_k=40, seed=seed)
+    # No graph: capturing one empties the allocator's cache, in the middle of a training run.
+    new = generate(model, ids, tokens=tokens, temperature=SAMPLE_TEMPERATURE, top_k=40, seed=seed, graph=False)
     return prompt, prompt + tokenizer.decode(list(new))
