@@ -86,7 +86,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """
     cdf = _units(probs).cumsum(-1)  # (B, K)
     total = cdf[:, -1:]
-    target = torch.minimum((uniforms[:, None] * total).long(), total - 1)  # the largest u rounds up to the total
+    target = (uniforms[:, None] * total).long()  # below the total: 1 - 2**-53, the largest u, takes half an ulp off
     places = torch.searchsorted(cdf, target, right=True)  # (B, 1)
     return places.where(total > 0, -1)[:, 0]
 

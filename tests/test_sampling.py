@@ -154,7 +154,7 @@ def test_draw_inverts_the_cumulative_distribution(u, place):
 
 
 def test_largest_number_draws_a_possible_id():
-    """Its product with the total may round to the total, which no id reaches."""
+    """Its product with the total stays below the total, which no id exceeds."""
     probs = torch.rand(500, V).softmax(-1).where(torch.rand(500, V) < 0.7, 0.0)
     places = draw(probs, torch.full((500,), 1 - 2**-53, dtype=torch.float64))
     expected = [max(row.nonzero().flatten().tolist(), default=-1) for row in probs]
