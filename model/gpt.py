@@ -231,10 +231,10 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
         qkv = self.c_attn(x)  # (B, T, 3C): queries, keys and values, which stay packed
         if cache is not None:
-            q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))  # (B, H, T, D)
-            k_cache, v_cache = cache.write(self.layer, k, v)
+            heads = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
+            k_cache, v_cache = cache.write(self.layer, heads[:, :, 1:])
             if not cache.is_prefill:  # one token, after others
-                o = decode_attention(q[:, :, 0], k_cache, v_cache, cache.lengths)  # (B, H, D)
+                o = decode_attention(heads[:, 0, 0], k_cache, v_cache, cache.lengths)  # (B, H, D)
                 return self.c_proj(o.flatten(1)[:, None])  # (B, 1, C)
         p = self.attn_pdrop if self.training else 0.0
         o = causal_attention(qkv, self.n_head, dropout_p=p, seed=seed, documents=documents)  # (B, T, C)

@@ -11,7 +11,8 @@ from model.config import GPTConfig
 class KVCache:
     """Room for the first S tokens of each of B sequences; GPT.forward fills it and reads it.
 
-    k, v: (n_layer, B, H, S, D) in the model's dtype, of which the first lengths[b] places of sequence b hold tokens.
+    kv: (n_layer, 2, B, H, S, D) in the model's dtype, keys and values; the first lengths[b] places of sequence b hold
+    tokens. k, v: its halves, (n_layer, B, H, S, D).
     lengths: (B,) int64, what decode_attention reads: on the device, so the host never waits for it.
     length: on the host, at least the largest of them; 0 where the cache is empty.
     """
@@ -23,15 +24,15 @@ class KVCache:
         S = config.n_positions if S is None else S
         if not 0 < S <= config.n_positions:
             raise ValueError(f"a cache must have 1 to {config.n_positions} tokens, the positions of the model, got {S}")
-        shape = (config.n_layer, B, config.n_head, S, config.head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        H = config.n_head
+        self.kv = torch.empty((config.n_layer, 2, B, H, S, config.head_dim), dtype=dtype, device=device)
+        self.k, self.v = self.kv.unbind(1)
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
         self.length = 0
         self.is_prefill = True  # whether the tokens of this step are the first
-        self._rows = S * torch.arange(B * config.n_head, device=device).view(
-            B, config.n_head
-        )  # (B, H) places of the first tokens
-        self._places = self._rows.flatten()  # (B * H,): where this step's token goes, in k and v as (B * H * S, D)
+        # Where the first tokens and this step's go, in a layer's kv as (2 * B * H * S, D): (B, 1, 2, H).
+        self._first = S * torch.arange(2 * B * H, device=device).view(2, B, H).transpose(0, 1)[:, None]
+        self._places = self._first
 
     def extend(self, B: int, T: int, lengths: Tensor | None = None) -> Tensor:
         """Make room for T more tokens of each sequence -> their positions, int64: (T,), or (B, 1) after other tokens.
@@ -60,20 +61,19 @@ class KVCache:
                 self.lengths.copy_(lengths)
         else:
             positions = self.lengths[:, None].clone()
-            self._places = (self._rows + positions).flatten()
+            self._places = self._first + positions[..., None, None]
             self.lengths += 1
         self.length += T
         return positions
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v: (B, H, T, D) of this step's tokens, any strides -> the layer's whole k and v, (B, H, S, D)."""
-        k_cache, v_cache = self.k[layer], self.v[layer]
-        for cache, new in ((k_cache, k), (v_cache, v)):
-            if self.is_prefill:  # what padding leaves here lies past the lengths, until tokens take its place
-                cache[:, :, : new.shape[2]] = new
-            else:
-                cache.flatten(0, 2).index_copy_(0, self._places, new.flatten(0, 2))
-        return k_cache, v_cache
+    def write(self, layer: int, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """kv: (B, T, 2, H, D) of this step's tokens, any strides -> the layer's whole k and v, (B, H, S, D) each."""
+        cache = self.kv[layer]
+        if self.is_prefill:  # what padding leaves here lies past the lengths, until tokens take its place
+            cache[..., : kv.shape[1], :] = kv.permute(2, 0, 3, 1, 4)
+        else:
+            cache.flatten(0, 3).index_put_((self._places,), kv)
+        return cache[0], cache[1]
 
     def clear(self, sequences: Tensor | None = None) -> None:
         """Drop the tokens of these sequences, (R,) int64, of all of them by default. No host sync.
@@ -92,7 +92,6 @@ class KVCache:
         What is replaced may be longer; `length` stays at least the largest.
         """
         T = other.length
-        for own, read in ((self.k, other.k), (self.v, other.v)):
-            own[:, :, :, :T].index_copy_(1, sequences, read[:, :, :, :T].index_select(1, sources))
+        self.kv[..., :T, :].index_copy_(2, sequences, other.kv[..., :T, :].index_select(2, sources))
         self.lengths.index_copy_(0, sequences, other.lengths.index_select(0, sources))
         self.length = max(self.length, T)

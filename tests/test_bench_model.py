@@ -271,7 +271,8 @@ def test_wrong_cache_is_refused(task, monkeypatch):
     """The weights are such that a text depends on what was read before its last token."""
     expected = generate._Ours(task, "eager")(10)
     write = KVCache.write
-    monkeypatch.setattr(KVCache, "write", lambda self, layer, k, v: write(self, layer, k, 0.9 * v))
+    scale = torch.tensor([1.0, 0.9])[:, None, None]  # the values are wrong
+    monkeypatch.setattr(KVCache, "write", lambda self, layer, kv: write(self, layer, kv * scale))
     with pytest.raises(Refused, match="writes another text: token"):
         generate._check(task.model, task.prompt, expected, generate._Ours(task, "eager")(10))
 
