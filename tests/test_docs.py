@@ -1,5 +1,6 @@
 """The READMEs are true: every command in them runs, every file they name exists, their figures are the reports'."""
 
+import io
 import os
 import re
 import runpy
@@ -49,7 +50,6 @@ SHORTER = {
     "python train.py --resume": ["--steps", "6"],
     "python train.py --preset": [*TINY, "--steps", "2", "--n-head", "1", "--grad-accum", "1"],
     "python train.py --tokenizer": [*TINY, "--minutes", "0.01"],
-    "python train.py --until-loss": [*TINY, "--steps", "2", "--data", "corpus.txt"],
     "torchrun": [*TINY, "--steps", "2"],
     "python -m model.tokenizer": ["--vocab-size", "270"],
     "python -m model.generate": ["--tokens", "20"],
@@ -188,6 +188,7 @@ def test_commands_run(command, folder, monkeypatch, capfd):
     else:
         assert argv[0] == "python", f"no test knows how to run {command!r}"
         monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("The dog\n"))
         _call(argv[1:], monkeypatch)
         out = capfd.readouterr().out
     assert out.strip()
