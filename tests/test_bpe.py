@@ -466,6 +466,7 @@ def test_command_refuses_in_two_lines(call, tmp_path, arguments, message):
     assert not (tmp_path / "bpe-300").exists()
 
 
+@pytest.mark.slow
 def test_module_is_the_command(call, tmp_path):
     argv = [sys.executable, "-W", "error", "-m", "model.tokenizer", "train", "texts", "--vocab-size", "300"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
