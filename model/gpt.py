@@ -93,13 +93,13 @@ class GPT(nn.Module):
         else:
             for block, ln_next in zip(blocks, next_norms, strict=True):
                 normed, x = block(normed, x, ln_next, cache, documents)
-        wte = self.transformer.wte.weight  # (V, C)
+        head = self.transformer.wte
         if targets is not None:
-            # logits = normed @ wte.T; loss = F.cross_entropy(logits, targets)
-            return None, linear_cross_entropy(normed.flatten(0, 1), wte, targets.flatten(), IGNORE_INDEX)
+            # logits = normed @ wte.weight.T; loss = F.cross_entropy(logits, targets)
+            return None, head.loss(normed.flatten(0, 1), targets.flatten())
         if logits == "last":
             normed = normed[:, -1:] if lengths is None else normed.take_along_dim(lengths[:, None, None] - 1, 1)
-        return lm_logits(normed, wte), None  # (B, T or 1, V)
+        return head.logits(normed), None  # (B, T or 1, V)
 
     def _embed(self, idx: Tensor, cache: KVCache | None, lengths: Tensor | None) -> Tensor:
         """(B, T) ids -> (B, T, C), summed in float32 and rounded once."""
@@ -178,7 +178,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = TiedEmbedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
@@ -251,9 +251,7 @@ class MLP(nn.Module):
         self.approximate = ACTIVATIONS[config.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        # h = gelu(c_fc(x))
-        h = linear_gelu(x, self.c_fc.weight_in(x.dtype), self.c_fc.bias, self.approximate)  # (B, T, 4C)
-        return self.c_proj(h)
+        return self.c_proj(self.c_fc.gelu(x, self.approximate))  # (B, T, 4C) between the two
 
 
 class Linear(nn.Linear):
@@ -275,6 +273,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return F.linear(x, self.weight_in(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
+    def gelu(self, x: Tensor, approximate: str) -> Tensor:
+        """gelu(self(x)) in one pass: (..., in) -> (..., out)."""
+        return linear_gelu(x, self.weight_in(x.dtype), self.bias, approximate)
+
 
 class CachedCast(torch.autograd.Function):
     """weight.to(working.dtype), whose result `working` is already known; the gradient goes to weight."""
@@ -286,6 +288,17 @@ class CachedCast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad.float(), None
+
+
+class TiedEmbedding(nn.Embedding):
+    """The vectors of the tokens, (V, C), which are also the weights of the output head."""
+
+    def logits(self, x: Tensor) -> Tensor:  # (..., C) -> (..., V)
+        return lm_logits(x, self.weight)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x: (M, C), targets: (M,) -> (), the mean cross-entropy over the targets that are not -100."""
+        return linear_cross_entropy(x, self.weight, targets, IGNORE_INDEX)
 
 
 class LayerNorm(nn.LayerNorm):

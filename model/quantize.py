@@ -1,0 +1,210 @@
+"""Weights in fewer bits for inference: what decoding reads from memory for each token, it reads faster.
+
+    model = prepare(model, "int8")      # in place; the model cannot be trained or saved any more
+
+    float32             as trained; on a CPU stored by columns where that is faster
+    bfloat16, float16   weights, activations and logits in 16 bits
+    int8                weights only: W[n, k] = q[n, k] * scale[n],  q = round(W / scale) in -127 .. 127,
+                        scale[n] = max_k |W[n, k]| / 127, a float32 per output channel (per token in the embedding)
+
+The matrices are those of the blocks and the tied output head, in GPT-2 124M the largest of all. LayerNorms, biases and
+positions keep their precision. Of int8, activations are float32 on a CPU and bfloat16 on a GPU.
+
+On a CPU the products are oneDNN's, of weights that are packed once, here. Its int8 product takes integers on both
+sides, so each row x of the activations is written as two digits of 8 bits, with r = max |x| / 32512:
+
+    x = r * (256 h + l) + e,  |e| <= r / 2       x @ W.T = r * scale * (256 (h @ q.T) + l @ q.T) + e @ W.T
+
+Both digits go through one product of integers, which is exact and reads the weights once. A CPU without the
+instructions for that, and a GPU, take the plain way: the weights are widened where they are used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import cross_entropy
+from model.cli import UserError
+from model.gpt import GPT, IGNORE_INDEX, Linear, TiedEmbedding
+
+Weights = Literal["float32", "bfloat16", "float16", "int8"]
+
+PART = 1 << 18  # weights that are widened at a time on a CPU: 1 MiB in float32, which stays in its cache
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Product = Callable[[Tensor], Tensor]  # x: (M, K) -> x @ W.T + bias, (M, N) in x.dtype
+
+
+@torch.no_grad()
+def prepare(model: GPT, weights: Weights | None = None) -> GPT:
+    """Put the matrices of `model` into the form `weights` for decoding, in place -> model.
+
+    weights: None for that of the model's dtype, in PyTorch's own layouts, so that state_dict() stays whole. In the
+    forms below float32 the matrices may be in neither parameters() nor state_dict(): save a model before, and convert
+    it once. ValueError for a model that is converted already, UserError for int8 of weights that are not finite.
+    """
+    wte = model.transformer.wte
+    if not isinstance(wte, TiedEmbedding):
+        raise ValueError("the weights of this model have been converted: load it again")
+    if weights is not None:
+        device = wte.weight.device
+        model.dtype = _activations(weights, device)
+        if weights == "int8" or (weights != "float32" and device.type == "cpu"):
+            for parent in [*model.modules()]:
+                for name, module in [*parent.named_children()]:
+                    if isinstance(module, Linear | TiedEmbedding):
+                        setattr(parent, name, _convert(module, weights, model.dtype))
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            weight = module.weight.data.to(model.dtype)
+            # Each token reads every weight once. Where out >= in, a sum of columns is up to twice as fast on a CPU as a
+            # dot product per row (LOG.md).
+            if (
+                weight.device.type == "cpu"
+                and weight.shape[0] >= weight.shape[1]
+                and module is not model.transformer.wpe
+            ):
+                weight = weight.t().contiguous().t()
+            module.weight.data = weight
+    return model
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight: (N, K) -> q: (N, K) int8, scale: (N,) float32; q * scale is within scale / 2 of weight.
+
+    A row of zeros has scale 0. UserError for weights that are not finite.
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(1) / 127
+    if not scale.isfinite().all():
+        raise UserError("the model has weights that are not finite, which int8 cannot hold: use another checkpoint")
+    q = (weight / scale.where(scale > 0, 1.0)[:, None]).round_().clamp_(-127, 127)  # clamped for a subnormal scale
+    return q.to(torch.int8), scale
+
+
+class LowPrecisionLinear(nn.Module):
+    """Takes the place of a Linear."""
+
+    def __init__(self, product: Product) -> None:
+        super().__init__()
+        self.product = product
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    def gelu(self, x: Tensor, approximate: str) -> Tensor:  # (..., in) -> (..., out)
+        return F.gelu(self(x), approximate=approximate)
+
+
+class LowPrecisionEmbedding(nn.Module):
+    """Takes the place of the TiedEmbedding. weight: (V, C) in 8 or 16 bits; scale: (V,) float32 of 8 bits."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, product: Product) -> None:
+        super().__init__()
+        self.weight, self.scale, self.product = weight, scale, product
+
+    def forward(self, idx: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
+        x = F.embedding(idx, self.weight)
+        return x if self.scale is None else x * self.scale[idx][..., None]
+
+    def logits(self, x: Tensor) -> Tensor:  # (..., C) -> (..., V)
+        return self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x: (M, C), targets: (M,) -> (), as TiedEmbedding's."""
+        return cross_entropy(self.product(x), targets, IGNORE_INDEX)
+
+
+def _activations(weights: Weights, device: torch.device) -> torch.dtype:
+    """The dtype that activations have under weights of this form."""
+    if weights == "int8":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = _DTYPES[weights]
+    return dtype if device.type != "cpu" or _has_products_of(dtype) else torch.float32
+
+
+@functools.cache
+def _has_products_of(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this dtype on this CPU: PyTorch's own products of 16 bits are slower than float32's."""
+    supported = {
+        torch.float32: lambda: True,
+        torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        torch.int8: _int8_is_exact,
+    }
+    try:
+        return supported[dtype]()
+    except (AttributeError, RuntimeError):  # a PyTorch without oneDNN has no such operators
+        return False
+
+
+def _int8_is_exact() -> bool:
+    """Compare the largest sums of products with what they should be: without VNNI a CPU adds them up in 16 bits."""
+    q = torch.full((16, 64), 127, dtype=torch.int8)
+    x = torch.ones(1, 64)
+    got = packed_int8(q, torch.full((16,), 1 / 127), None)(x)
+    return bool(((got - 64).abs() < 1e-3).all())
+
+
+def _convert(module: Linear | TiedEmbedding, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """The module in few bits. dtype: of the activations."""
+    on_cpu = module.weight.device.type == "cpu"
+    bias = getattr(module, "bias", None)
+    bias = None if bias is None else bias.detach().to(dtype)
+    if weights == "int8":
+        weight, scale = quantize(module.weight.detach())
+        packs = on_cpu and _has_products_of(torch.int8)
+        product = packed_int8(weight, scale, bias) if packs else widened(weight, scale, bias)
+    else:
+        weight, scale = module.weight.detach().to(_DTYPES[weights]), None
+        product = packed(weight, bias) if dtype == weight.dtype else widened(weight, scale, bias)
+    return LowPrecisionLinear(product) if isinstance(module, Linear) else LowPrecisionEmbedding(weight, scale, product)
+
+
+def packed(weight: Tensor, bias: Tensor | None) -> Product:
+    """oneDNN's product of 16 bits. weight: (N, K), bias: (N,), both in the dtype of x."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)  # 8: rows of x to lay it out for
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def packed_int8(q: Tensor, scale: Tensor, bias: Tensor | None) -> Product:
+    """oneDNN's product of integers, see the top of the file. q: (N, K) int8, scale: (N,), bias: (N,) float32."""
+    K = q.shape[1]
+    weight = torch.ops.onednn.qlinear_prepack(q.contiguous(), [2, K])  # for two rows: one of x
+    zeros = torch.zeros(len(q), dtype=torch.int32)
+    start = torch.zeros(()) if bias is None else bias
+    # A digit d is stored as d + 128, in an unsigned byte; half a unit more rounds instead of cutting off.
+    offset = torch.tensor(256 * 128 + 128 + 0.5)
+
+    def product(x: Tensor) -> Tensor:
+        M = len(x)
+        top = x.abs().amax(1, keepdim=True).clamp_min_(1e-30)  # (M, 1), not 0 for a row of zeros
+        both = torch.addcdiv(offset, x, top, value=32512).to(torch.int32)  # (M, K), 256 (h + 128) + l + 128
+        digits = both.view(torch.uint8).view(M, K, 4)[..., :2]  # little-endian: l, h, 0, 0
+        digits = digits.permute(2, 0, 1).reshape(2 * M, K)
+        y = torch.ops.onednn.qlinear_pointwise(
+            digits, 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )  # (2M, N)
+        return torch.addcmul(start, y[:M].add_(y[M:], alpha=256), top, value=1 / 32512)
+
+    return product
+
+
+def widened(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Product:
+    """PyTorch's product of weights that are cast to the dtype of x, on a CPU a part of them at a time.
+
+    weight: (N, K) int8 or 16 bits, which bfloat16 and float32 hold exactly; scale: (N,) float32; bias: (N,).
+    """
+    rows = max(1, PART // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+
+    def product(x: Tensor) -> Tensor:
+        y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(rows)], 1)
+        y = y if scale is None else y * scale
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    return product
