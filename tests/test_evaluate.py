@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 import sys
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from model import checkpoint, data
+from model import checkpoint, choices, data, quantize
+from model.choices import Question
 from model.cli import UserError, run
 from model.config import GPTConfig
 from model.evaluate import EvaluateConfig, bits_per_byte, evaluate, main, perplexity
 from model.gpt import GPT
+from model.tokenizer import CharTokenizer, GPT2Tokenizer
 
 V, T = 7, 8
 TOKENS = np.random.default_rng(0).integers(0, V, 101).astype(np.uint16)
@@ -25,15 +28,17 @@ def model() -> GPT:
     return GPT(GPTConfig(vocab_size=V, n_positions=T, n_embd=8, n_layer=1, n_head=2, embd_pdrop=0.5))
 
 
-def by_hand(model: GPT, tokens: np.ndarray) -> list[float]:
-    """-log p of each token after the first, one window at a time."""
-    losses = []
+def log_p(model: GPT, before, token: int) -> float:
+    """log p(token | before)."""
+    idx = torch.tensor(np.array([before], dtype=np.int64))
     with torch.no_grad():
-        for start in range(0, len(tokens) - 1, T):
-            window = torch.from_numpy(tokens[start : start + T + 1].astype(np.int64))
-            log_p = model.eval()(window[None, :-1])[0][0].double().log_softmax(-1)
-            losses += [-log_p[i, target].item() for i, target in enumerate(window[1:])]
-    return losses
+        return model.eval()(idx)[0][0, -1].double().log_softmax(-1)[int(token)].item()
+
+
+def by_hand(model: GPT, tokens: np.ndarray, stride: int = T) -> list[float]:
+    """-log p of each token after the first, each from the first window that reaches it."""
+    windows = [-(-max(n - T, 0) // stride) for n in range(1, len(tokens))]
+    return [-log_p(model, tokens[k * stride : n], tokens[n]) for n, k in enumerate(windows, 1)]
 
 
 @pytest.mark.parametrize("n", [2, 8, 9, 10, 33, 101], ids=lambda n: f"{n} tokens")
@@ -43,6 +48,38 @@ def test_loss_is_the_mean_over_all_targets(model, n, batch_size):
     assert len(losses) == n - 1
     loss = evaluate(model, TOKENS[:n], context=T, batch_size=batch_size)
     assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, T, T + 1, T + 2, 30])
+@pytest.mark.parametrize("stride", [1, 3, T - 1, T])
+def test_stride_scores_each_token_once_in_context(model, n, stride):
+    losses = by_hand(model, TOKENS[:n], stride)
+    for batch_size in (1, 4):
+        loss = evaluate(model, TOKENS[:n], context=T, batch_size=batch_size, stride=stride)
+        assert loss == pytest.approx(sum(losses) / (n - 1), rel=1e-6)
+    for _, targets in data.windows(TOKENS[:n], T, 1, stride=stride):
+        n -= int((targets != -100).sum())
+    assert n == 1
+
+
+def test_stride_of_the_context_is_the_default(model):
+    kwargs = {"context": T, "batch_size": 4}
+    assert evaluate(model, TOKENS, stride=T, **kwargs) == evaluate(model, TOKENS, **kwargs)
+    assert evaluate(model, TOKENS, stride=2, **kwargs) != evaluate(model, TOKENS, **kwargs)
+
+
+@pytest.mark.parametrize("stride", [-1, 0, T + 1])
+def test_stride_outside_the_context_is_refused(model, stride):
+    with pytest.raises(UserError, match=f"stride must be 1 to the context of {T} tokens, got {stride}"):
+        evaluate(model, TOKENS, context=T, batch_size=1, stride=stride)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 3}, {"max_windows": 5}])
+def test_progress_counts_every_window(model, options):
+    done = []
+    evaluate(model, TOKENS, context=T, batch_size=4, advance=done.append, **options)
+    most = options.pop("max_windows", None)
+    assert sum(done) == sum(len(idx) for idx, _ in data.windows(TOKENS, T, 1, most, **options)) and len(done) > 1
 
 
 def test_max_windows_are_few_spread_and_always_the_same(model, monkeypatch):
@@ -106,6 +143,95 @@ def test_perplexity_of_a_hopeless_model_is_infinite():
     assert perplexity(1e6) == math.inf
 
 
+# --- multiple choice
+
+
+ALPHABET = CharTokenizer("the cat sat on the mat, it ate. THE")
+QUESTIONS = [
+    Question("the cat", ("sat", "ate the mat", "on"), 0),  # the second is longer than the model's context
+    Question("it ", ("ate", "sat on it"), 1),
+    Question("the mat, the cat, the mat", ("the", "a hat", "o", "THE THE"), 2),
+]
+
+
+@pytest.fixture
+def letters() -> GPT:
+    """A model of characters whose answers are far from equally likely."""
+    return GPT(GPTConfig(ALPHABET.n_vocab, n_positions=16, n_embd=8, n_layer=1, n_head=2, initializer_range=0.5)).eval()
+
+
+def score_by_hand(model: GPT, question: Question) -> list[float]:
+    """Summed log p of the characters of each ending, and of the spaces before it."""
+    scores = []
+    for ending in question.endings:
+        context, size = question.context.rstrip(), model.config.n_positions
+        ids = ALPHABET.encode(f"{question.context} {ending}")
+        first = len(context)
+        scores.append(sum(log_p(model, ids[:n][max(0, len(ids) - size - 1) :], ids[n]) for n in range(first, len(ids))))
+    return scores
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 100])
+@pytest.mark.parametrize("max_logits", [1, 1 << 26])
+def test_endings_are_scored_as_by_hand(letters, batch_size, max_logits, monkeypatch):
+    monkeypatch.setattr(choices, "MAX_LOGITS", max_logits)
+    sizes, forward = [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda self, idx: sizes.append(len(idx)) or forward(self, idx))
+    encoded = [choice for question in QUESTIONS for choice in choices.encode(question, ALPHABET, 16)]
+    done = []
+    sums = choices.log_probs(letters, encoded, batch_size=batch_size, advance=done.append)
+    assert max(sizes) == (1 if max_logits == 1 else min(batch_size, len(encoded))) and sum(sizes) == len(encoded)
+    assert sum(done) == sum(len(choice.ids) for choice in encoded)
+    monkeypatch.undo()
+    expected = [score for question in QUESTIONS for score in score_by_hand(letters, question)]
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+
+
+def test_accuracies_take_the_largest_sum_and_mean():
+    sums = np.array([-1.5, -4.0, -2.0, -9.0, -9.5, -4.0, -5.0, -1.0, -6.0])
+    # by sum: "sat", "ate", "o"; divided by characters: -0.5, -0.36, -1 | -3, -1.06 | -1.3, -1, -1, -0.86
+    result = choices.accuracy(QUESTIONS, sums)
+    assert (result.questions, result.acc, result.acc_norm) == (3, 2 / 3, 1 / 3)
+    error = math.sqrt(1 / 3 * 2 / 3 / 2)  # of the mean of three
+    assert str(result) == f"acc 0.6667 ± {error:.4f} | acc_norm 0.3333 ± {error:.4f}"
+    assert "nan" in str(choices.accuracy(QUESTIONS[:1], sums[:3]))
+
+
+def test_equally_likely_endings_count_as_the_first():
+    question = Question("a", ("x", "y"), 0)
+    assert choices.accuracy([question], np.array([-1.0, -1.0])).acc == 1
+
+
+def test_tokens_do_not_merge_across_the_cut():
+    tokenizer = GPT2Tokenizer()
+    for context in ("She opened", "She opened  ", "She opened\n"):
+        for choice in choices.encode(Question(context, ("the door.", " it"), 0), tokenizer, 1024):
+            assert tokenizer.decode(choice.ids[: -choice.n_scored]) == "She opened"
+
+
+@pytest.mark.parametrize(
+    ("fields", "context", "endings"),
+    [
+        ({"ctx": " A [b]  c "}, " A [b]  c ", (" d [title] e [x]", "f")),
+        # the other fields win: so do lm-evaluation-harness's lines of HellaSwag, which have both
+        (
+            {"ctx": "x", "activity_label": "Run", "ctx_a": "A man [title] b [c] d", "ctx_b": "he RUNS"},
+            "Run: A man. b d He runs",
+            ("d. e ", "f"),
+        ),
+        ({"ctx_a": "[header] Cook", "ctx_b": ""}, " Cook", ("d. e ", "f")),
+    ],
+)
+def test_lines_are_read_in_both_forms(tmp_path, fields, context, endings):
+    path = tmp_path / "q.jsonl"
+    lines = [json.dumps({**fields, "endings": [" d [title] e [x]", "f"], "label": label}) for label in (1, "1")]
+    path.write_text(f"{lines[0]}\n\n  \n{lines[1]}")
+    assert list(choices.read_questions(path)) == [(n, Question(context, endings, 1)) for n in (1, 4)]
+
+
+# --- python -m model.evaluate
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A run of one step."""
@@ -148,6 +274,94 @@ def test_command_measures_another_text(folder, tmp_path, capsys):
     assert result.startswith(f"{other} loss {loss:.4f} | ")
 
 
+def test_command_overlaps_windows(folder, capsys):
+    assert call(folder, "--stride", 3) == 0
+    model, _ = checkpoint.load_model(folder)
+    losses = by_hand(model, data.load(folder / "data").val[:], 3)
+    assert f"validation loss {sum(losses) / len(losses):.4f} | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_command_shows_the_cost_of_weights(folder, weights, capsys):
+    assert call(folder, "--weights", weights, "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    model, _ = checkpoint.load_model(folder)
+    val = data.load(folder / "data").val
+    losses = {"float32": evaluate(model, val, context=T, batch_size=16)}
+    losses[weights] = evaluate(quantize.prepare(model, weights), val, context=T, batch_size=16)
+    expected = {
+        form: {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2)}
+        for form, loss in losses.items()
+    }
+    about = {"run": str(folder), "checkpoint": "best", "text": "validation", "tokens": 74, "bytes": 74, "stride": T}
+    assert content == {**about, "results": expected}
+
+    assert call(folder, "--weights", weights) == 0
+    _, plain, low = capsys.readouterr().out.splitlines()
+    assert plain.startswith(f"validation loss {losses['float32']:.4f} | ")
+    cost = 100 * (math.exp(losses[weights] - losses["float32"]) - 1)
+    assert losses[weights] != losses["float32"]
+    assert low.startswith(f"{weights} loss {losses[weights]:.4f} | ") and low.endswith(f" | {cost:+.2f} % perplexity")
+
+
+ANSWERS = [
+    {"ctx": "the cat", "endings": ["sat", "ate the", "on"], "label": 0},
+    {"ctx": "the mat", "endings": ["ate", "sat on"], "label": 1},
+]
+LINES = [json.dumps(line) for line in ANSWERS]
+
+
+def test_command_answers_questions(folder, tmp_path, capsys):
+    (tmp_path / "q.jsonl").write_text("\n".join(LINES))
+    assert call(folder, "--choices", tmp_path / "q.jsonl") == 0
+    model, tokenizer = checkpoint.load_model(folder)
+    questions, endings = choices.load(tmp_path / "q.jsonl", tokenizer, T)
+    result = choices.accuracy(questions, choices.log_probs(model, endings, batch_size=1))
+    assert capsys.readouterr().out == f"{tmp_path / 'q.jsonl'} 2 questions | {result}\n"
+    assert call(folder, "--choices", tmp_path / "q.jsonl", "--weights", "int8") == 0
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()][1:] == ["int8"]
+    assert call(folder, "--choices", tmp_path / "q.jsonl", "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["questions"] == 2 and content["results"]["float32"] == {
+        "acc": result.acc,
+        "acc_norm": result.acc_norm,
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "has no questions"),
+        ('{"ctx": "the", "endings": [', r"line 3: it is not JSON (Expecting value at column 28)"),
+        (b'{"ctx": "\xff"}', "line 3: it is not JSON in UTF-8"),
+        ("[1, 2]", "line 3: it is not a JSON object"),
+        ({"endings": []}, "line 3: it has no list of at least two endings"),
+        ({"endings": "the cat"}, "line 3: it has no list of at least two endings"),
+        ({"endings": ["the", ""]}, "line 3: ending 1 is empty"),
+        ({"endings": [1, "the"]}, "line 3: ending 0 is empty or not a string"),
+        ({"label": 3}, "line 3: its label must be 0 to 2, the number of the right ending, got 3"),
+        ({"label": -1}, "got -1"),
+        ({"label": None}, "got None"),
+        ({"label": "x"}, "got 'x'"),
+        ({"label": True}, "got True"),
+        ({"ctx": " "}, "line 3: its ctx is empty or missing"),
+        ({"ctx": None}, "line 3: its ctx is empty or missing"),
+        ({"ctx_a": "", "ctx_b": ""}, "line 3: its ctx is empty or missing"),
+        ({"ctx": "Zebra"}, "line 3: not in this tokenizer's alphabet"),
+        ({"endings": ["a", "the cat the"]}, f"line 3: ending 1 has 12 tokens and the model's context is {T}"),
+    ],
+    ids=str,
+)
+def test_command_names_the_line_of_a_bad_question(folder, tmp_path, capsys, line, words):
+    path = tmp_path / "q.jsonl"
+    line = json.dumps(ANSWERS[0] | line) if isinstance(line, dict) else line
+    line = line.encode() if isinstance(line, str) else line
+    path.write_bytes(LINES[0].encode() + b"\n\n" + line + b"\n" if line else b"\n")
+    assert call(folder, "--choices", path) == 2
+    out, err = capsys.readouterr()
+    assert not out and str(path) in err and words in err and err.count("\n") <= 2 and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -157,6 +371,11 @@ def test_command_measures_another_text(folder, tmp_path, capsys):
         (["RUN", "--data", "missing.txt"], "missing.txt"),
         (["RUN", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["RUN", "--max-windows", "0"], "--max-windows must be at least 1"),
+        (["RUN", "--stride", "0"], "--stride must be at least 1"),
+        (["RUN", "--stride", str(T + 1)], f"--stride must be at most the model's context of {T} tokens, got {T + 1}"),
+        (["RUN", "--weights", "int4"], "int4"),
+        (["RUN", "--choices", "missing.jsonl"], "no such file or folder: missing.jsonl"),
+        (["RUN", "--choices", "q.jsonl", "--stride", "4"], "omit --data, --stride and --max-windows"),
     ],
 )
 def test_command_refuses_bad_input(folder, argv, words, capsys):

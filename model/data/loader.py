@@ -108,25 +108,37 @@ class Loader:
 
 
 def windows(
-    tokens: Tokens | np.ndarray, context: int, batch_size: int, most: int | None = None
+    tokens: Tokens | np.ndarray, context: int, batch_size: int, most: int | None = None, stride: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`tokens` in order for evaluation: (idx, targets), int64 on the CPU, up to batch_size windows of `context`.
 
     Every token but the first is a target exactly once; most: only so many windows, spread evenly over the text. The
     last window is padded with id 0 and target -100, which the loss ignores; the last batch may have fewer rows.
+
+    stride: tokens from the start of a window to that of the next, 1 to context (the default: no overlap). The first
+    window has all of its targets, each later one its last `stride` and -100 before them.
     """
-    if len(tokens) < 2:
-        raise UserError(f"{len(tokens)} tokens are too few to evaluate on: at least 2 are needed; give more text")
-    n = -(-(len(tokens) - 1) // context)
+    stride = context if stride is None else stride
+    n = count_windows(len(tokens), context, stride)
     chosen = np.arange(min(n, most or n)) * n // min(n, most or n)
     batches = (chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size))
-    return (_window_batch(tokens, numbers.tolist(), context) for numbers in batches)
+    return (_window_batch(tokens, numbers.tolist(), context, stride) for numbers in batches)
 
 
-def _window_batch(tokens: Tokens | np.ndarray, numbers: list[int], context: int) -> tuple[Tensor, Tensor]:
+def count_windows(n_tokens: int, context: int, stride: int) -> int:
+    """The windows of `windows`. UserError for fewer than 2 tokens or a stride outside 1 to context."""
+    if n_tokens < 2:
+        raise UserError(f"{n_tokens} tokens are too few to evaluate on: at least 2 are needed; give more text")
+    if not 1 <= stride <= context:
+        raise UserError(f"stride must be 1 to the context of {context:,} tokens, got {stride:,}")
+    return 1 + -(-max(n_tokens - 1 - context, 0) // stride)
+
+
+def _window_batch(tokens: Tokens | np.ndarray, numbers: list[int], context: int, stride: int) -> tuple[Tensor, Tensor]:
     idx = np.zeros((len(numbers), context), dtype=np.int64)
     targets = np.full((len(numbers), context), -100, dtype=np.int64)
     for row, number in enumerate(numbers):
-        ids = tokens[number * context : (number + 1) * context + 1]
-        idx[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
+        ids = tokens[number * stride : number * stride + context + 1]
+        first = context - stride if number else 0  # targets before it are those of earlier windows
+        idx[row, : len(ids) - 1], targets[row, first : len(ids) - 1] = ids[:-1], ids[first + 1 :]
     return torch.from_numpy(idx), torch.from_numpy(targets)
