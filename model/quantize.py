@@ -29,15 +29,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import cross_entropy
 from model.cli import UserError
 from model.gpt import GPT, IGNORE_INDEX, Linear, TiedEmbedding
 
 Weights = Literal["float32", "bfloat16", "float16", "int8"]
 
 PART = 1 << 18  # weights that are widened at a time on a CPU: 1 MiB in float32, which stays in its cache
+MAX_LOGITS = 1 << 25  # in the loss: 128 MiB in float32
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Product = Callable[[Tensor], Tensor]  # x: (M, K) -> x @ W.T + bias, (M, N) in x.dtype
+Product = Callable[[Tensor], Tensor]  # x: (..., K) -> x @ W.T + bias, (..., N) in x.dtype
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ class LowPrecisionLinear(nn.Module):
         self.product = product
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self.product(x)
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:  # (..., in) -> (..., out)
         return F.gelu(self(x), approximate=approximate)
@@ -113,11 +113,15 @@ class LowPrecisionEmbedding(nn.Module):
         return x if self.scale is None else x * self.scale[idx][..., None]
 
     def logits(self, x: Tensor) -> Tensor:  # (..., C) -> (..., V)
-        return self.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self.product(x)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """x: (M, C), targets: (M,) -> (), as TiedEmbedding's."""
-        return cross_entropy(self.product(x), targets, IGNORE_INDEX)
+        """x: (M, C), targets: (M,) -> (), as TiedEmbedding's, with MAX_LOGITS in memory at a time."""
+        rows = max(1, MAX_LOGITS // len(self.weight))
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        for part, wanted in zip(x.split(rows), targets.split(rows), strict=True):
+            total += F.cross_entropy(self.product(part).float(), wanted, ignore_index=IGNORE_INDEX, reduction="sum")
+        return (total / (targets != IGNORE_INDEX).sum()).float()
 
 
 def _activations(weights: Weights, device: torch.device) -> torch.dtype:
@@ -125,29 +129,26 @@ def _activations(weights: Weights, device: torch.device) -> torch.dtype:
     if weights == "int8":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = _DTYPES[weights]
-    return dtype if device.type != "cpu" or _has_products_of(dtype) else torch.float32
+    return dtype if device.type != "cpu" or _multiplies(dtype) else torch.float32
 
 
 @functools.cache
-def _has_products_of(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype on this CPU: PyTorch's own products of 16 bits are slower than float32's."""
-    supported = {
-        torch.float32: lambda: True,
-        torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
-        torch.int8: _int8_is_exact,
-    }
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's product of this dtype, 16 bits or int8, is right and fast on this CPU."""
     try:
-        return supported[dtype]()
+        if dtype == torch.int8:
+            return _int8_is_exact()
+        if dtype == torch.bfloat16:
+            return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     except (AttributeError, RuntimeError):  # a PyTorch without oneDNN has no such operators
         return False
 
 
 def _int8_is_exact() -> bool:
-    """Compare the largest sums of products with what they should be: without VNNI a CPU adds them up in 16 bits."""
+    """Compare the largest sums with what they should be: an x86 CPU without VNNI cuts them off at 16 bits."""
     q = torch.full((16, 64), 127, dtype=torch.int8)
-    x = torch.ones(1, 64)
-    got = packed_int8(q, torch.full((16,), 1 / 127), None)(x)
+    got = packed_int8(q, torch.full((16,), 1 / 127), None)(torch.ones(1, 64))
     return bool(((got - 64).abs() < 1e-3).all())
 
 
@@ -158,8 +159,7 @@ def _convert(module: Linear | TiedEmbedding, weights: Weights, dtype: torch.dtyp
     bias = None if bias is None else bias.detach().to(dtype)
     if weights == "int8":
         weight, scale = quantize(module.weight.detach())
-        packs = on_cpu and _has_products_of(torch.int8)
-        product = packed_int8(weight, scale, bias) if packs else widened(weight, scale, bias)
+        product = (packed_int8 if on_cpu and _multiplies(torch.int8) else widened)(weight, scale, bias)
     else:
         weight, scale = module.weight.detach().to(_DTYPES[weights]), None
         product = packed(weight, bias) if dtype == weight.dtype else widened(weight, scale, bias)
@@ -174,23 +174,24 @@ def packed(weight: Tensor, bias: Tensor | None) -> Product:
 
 def packed_int8(q: Tensor, scale: Tensor, bias: Tensor | None) -> Product:
     """oneDNN's product of integers, see the top of the file. q: (N, K) int8, scale: (N,), bias: (N,) float32."""
-    K = q.shape[1]
+    N, K = q.shape
     weight = torch.ops.onednn.qlinear_prepack(q.contiguous(), [2, K])  # for two rows: one of x
-    zeros = torch.zeros(len(q), dtype=torch.int32)
+    zeros = torch.zeros(N, dtype=torch.int32)
     start = torch.zeros(()) if bias is None else bias
     # A digit d is stored as d + 128, in an unsigned byte; half a unit more rounds instead of cutting off.
     offset = torch.tensor(256 * 128 + 128 + 0.5)
 
     def product(x: Tensor) -> Tensor:
-        M = len(x)
-        top = x.abs().amax(1, keepdim=True).clamp_min_(1e-30)  # (M, 1), not 0 for a row of zeros
-        both = torch.addcdiv(offset, x, top, value=32512).to(torch.int32)  # (M, K), 256 (h + 128) + l + 128
-        digits = both.view(torch.uint8).view(M, K, 4)[..., :2]  # little-endian: l, h, 0, 0
-        digits = digits.permute(2, 0, 1).reshape(2 * M, K)
+        rows = x.reshape(-1, K)
+        M = len(rows)
+        top = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30)  # (M, 1), not 0 for a row of zeros
+        both = torch.addcdiv(offset, rows, top, value=32512).to(torch.int32)  # (M, K), 256 (h + 128) + l + 128
+        digits = both.view(torch.uint8).as_strided((2, M, K), (1, 4 * K, 4))  # little-endian: l, h, 0, 0
         y = torch.ops.onednn.qlinear_pointwise(
-            digits, 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            digits.reshape(2 * M, K), 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )  # (2M, N)
-        return torch.addcmul(start, y[:M].add_(y[M:], alpha=256), top, value=1 / 32512)
+        low, high = y.chunk(2)
+        return torch.addcmul(start, low.add_(high, alpha=256), top, value=1 / 32512).view(*x.shape[:-1], N)
 
     return product
 
@@ -203,7 +204,7 @@ def widened(weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Produc
     rows = max(1, PART // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
 
     def product(x: Tensor) -> Tensor:
-        y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(rows)], 1)
+        y = torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(rows)], -1)
         y = y if scale is None else y * scale
         return (y if bias is None else y + bias).to(x.dtype)
 

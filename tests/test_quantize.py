@@ -20,7 +20,7 @@ LOW = ("bfloat16", "float16", "int8")
 SHAPES = [(1, 1), (3, 5), (16, 64), (50, 24), (257, 48), (96, 130)]  # (N, K)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 needs_int8 = pytest.mark.skipif(
-    not quantize._has_products_of(torch.int8), reason="needs a CPU with exact products of int8 (VNNI)"
+    not quantize._multiplies(torch.int8), reason="needs a CPU with exact products of int8 (VNNI)"
 )
 
 
@@ -35,9 +35,9 @@ def make(**settings) -> GPT:
 def products(request, monkeypatch):
     """The products of CPUs with and without the instructions."""
     if request.param == "widened":
-        monkeypatch.setattr(quantize, "_has_products_of", lambda dtype: False)
+        monkeypatch.setattr(quantize, "_multiplies", lambda dtype: False)
         monkeypatch.setattr(quantize, "PART", 70)  # a few rows at a time, the last part shorter
-    elif not all(map(quantize._has_products_of, (torch.int8, torch.bfloat16, torch.float16))):
+    elif not all(map(quantize._multiplies, (torch.int8, torch.bfloat16, torch.float16))):
         pytest.skip("needs a CPU with products of 8 and 16 bits")
     return request.param
 
@@ -156,13 +156,27 @@ def test_int8_that_is_not_exact_is_noticed(monkeypatch):
     def missing(*args):
         raise AttributeError("no such operator")
 
-    quantize._has_products_of.cache_clear()
+    quantize._multiplies.cache_clear()
     monkeypatch.setattr(quantize, "_int8_is_exact", missing)
-    assert not quantize._has_products_of(torch.int8)
-    quantize._has_products_of.cache_clear()
+    assert not quantize._multiplies(torch.int8)
+    quantize._multiplies.cache_clear()
 
 
 # --- the model
+
+
+@pytest.mark.parametrize("form", LOW)
+@pytest.mark.parametrize("max_logits", [1, 61 * 4, 1 << 25])
+def test_loss_is_that_of_the_logits(form, max_logits, monkeypatch):
+    monkeypatch.setattr(quantize, "MAX_LOGITS", max_logits)
+    model = prepare(make(), form)
+    idx, targets = torch.randint(61, (3, 16)), torch.randint(61, (3, 16))
+    targets[0, 3:] = targets[2, 2] = -100
+    with torch.no_grad():
+        loss = model(idx, targets)[1]
+        expected = F.cross_entropy(model(idx)[0].flatten(0, 1).float(), targets.flatten())
+        torch.testing.assert_close(loss, expected, rtol=1e-3 if form == "bfloat16" else 1e-5, atol=0)
+        assert model(idx, torch.full_like(targets, -100))[1].isnan()
 
 
 @pytest.mark.parametrize("bias", [True, False])
