@@ -184,7 +184,7 @@ def packed_int8(q: Tensor, scale: Tensor, bias: Tensor | None) -> Product:
     def product(x: Tensor) -> Tensor:
         rows = x.reshape(-1, K)
         M = len(rows)
-        top = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30)  # (M, 1), not 0 for a row of zeros
+        top = rows.abs().amax(1, keepdim=True)  # (M, 1); where it is 0, so is y * top, whatever 0 / 0 is as an integer
         both = torch.addcdiv(offset, rows, top, value=32512).to(torch.int32)  # (M, K), 256 (h + 128) + l + 128
         digits = both.view(torch.uint8).as_strided((2, M, K), (1, 4 * K, 4))  # little-endian: l, h, 0, 0
         y = torch.ops.onednn.qlinear_pointwise(
