@@ -169,28 +169,28 @@ def _convert(module: Linear | TiedEmbedding, weights: Weights, dtype: torch.dtyp
 def packed(weight: Tensor, bias: Tensor | None) -> Product:
     """oneDNN's product of 16 bits. weight: (N, K), bias: (N,), both in the dtype of x."""
     weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)  # 8: rows of x to lay it out for
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: linear(x, weight, bias, "none", [], "")
 
 
 def packed_int8(q: Tensor, scale: Tensor, bias: Tensor | None) -> Product:
     """oneDNN's product of integers, see the top of the file. q: (N, K) int8, scale: (N,), bias: (N,) float32."""
     N, K = q.shape
     weight = torch.ops.onednn.qlinear_prepack(q.contiguous(), [2, K])  # for two rows: one of x
+    linear = torch.ops.onednn.qlinear_pointwise.default
     zeros = torch.zeros(N, dtype=torch.int32)
     start = torch.zeros(()) if bias is None else bias
-    # A digit d is stored as d + 128, in an unsigned byte; half a unit more rounds instead of cutting off.
-    offset = torch.tensor(256 * 128 + 128 + 0.5)
+    # A digit d is stored as d + 128, in an unsigned byte. From 2**23 on, a float32 is a whole number and its lowest 23
+    # bits are what exceeds 2**23: the sum below rounds, and its first two bytes are l + 128 and h + 128.
+    offset = torch.tensor(float(2**23 + 256 * 128 + 128))
 
     def product(x: Tensor) -> Tensor:
         rows = x.reshape(-1, K)
-        M = len(rows)
-        top = rows.abs().amax(1, keepdim=True)  # (M, 1); where it is 0, so is y * top, whatever 0 / 0 is as an integer
-        both = torch.addcdiv(offset, rows, top, value=32512).to(torch.int32)  # (M, K), 256 (h + 128) + l + 128
-        digits = both.view(torch.uint8).as_strided((2, M, K), (1, 4 * K, 4))  # little-endian: l, h, 0, 0
-        y = torch.ops.onednn.qlinear_pointwise(
-            digits.reshape(2 * M, K), 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        )  # (2M, N)
-        low, high = y.chunk(2)
+        top = rows.abs().amax(1, keepdim=True)  # (M, 1); where it is 0, so is y * top, whatever digits 0 / 0 has
+        both = torch.addcdiv(offset, rows, top, value=32512)  # (M, K), 2**23 + 256 (h + 128) + l + 128
+        digits = torch.as_strided_copy(both.view(torch.uint8), (2, len(rows), K), (1, 4 * K, 4))  # l, h
+        y = linear(digits, 1.0, 128, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")  # (2, M, N)
+        low, high = y.unbind()
         return torch.addcmul(start, low.add_(high, alpha=256), top, value=1 / 32512).view(*x.shape[:-1], N)
 
     return product
