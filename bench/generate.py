@@ -31,8 +31,8 @@ from kernels._proof import OUTPUT_FACTOR, budget
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
 from model.decoder import Decoder
-from model.generate import prepare_for_decoding
 from model.gpt import GPT
+from model.quantize import prepare
 from model.sampling import Sampling
 
 PROVIDERS = ("eager", "triton", "triton+graph", "hf", "hf_static")
@@ -94,7 +94,7 @@ def _model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> GPT:
         for weight in model.transformer.h.parameters():
             if weight.ndim == 2:
                 weight.normal_(0.0, 2.0 * weight.shape[1] ** -0.5)
-    return prepare_for_decoding(model.to(device, dtype).eval())
+    return prepare(model.to(device, dtype).eval())
 
 
 def _group(task: _Task, names: Sequence[str], params: dict[str, Any], seconds: float) -> Iterator[list[Row]]:

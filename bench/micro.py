@@ -11,8 +11,9 @@ from bench.kernels import case_text, cases, make_call
 from bench.memory import training_step
 from kernels._registry import all_specs
 from model.config import PRESETS
-from model.generate import generate, prepare_for_decoding
+from model.generate import generate
 from model.gpt import GPT
+from model.quantize import prepare
 from model.training import optim
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,5 +61,5 @@ def test_training_step(benchmark):
 @pytest.mark.benchmark(**SETTINGS)
 def test_generation(benchmark):
     torch.manual_seed(0)
-    model = prepare_for_decoding(GPT(PRESETS["tiny"]).to(DEVICE))
+    model = prepare(GPT(PRESETS["tiny"]).to(DEVICE))
     _time(benchmark, lambda: list(generate(model, [0] * 16, tokens=32, temperature=0.0)))

@@ -25,9 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
-from torch import nn
 
 from model.checkpoint import load_model
 from model.cli import UserError, pick_device, run
@@ -35,6 +33,7 @@ from model.config import GPTConfig
 from model.data import books
 from model.decoder import Decoder
 from model.gpt import GPT
+from model.quantize import Weights, prepare
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
 
@@ -199,23 +198,6 @@ def _collect(
     return step
 
 
-@torch.no_grad()
-def prepare_for_decoding(model: GPT) -> GPT:
-    """Cast and lay out the weight matrices for decoding, in place -> model, which must not be trained any more.
-
-    Each token reads every weight once, so they are cast to the model's dtype here and not at each use. On a CPU those
-    with out >= in are stored by columns: a sum of columns is up to twice as fast as a dot product per row (LOG.md).
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            weight = module.weight.data.to(model.dtype)
-            n_out, n_in = weight.shape
-            if weight.device.type == "cpu" and n_out >= n_in and module is not model.transformer.wpe:
-                weight = weight.t().contiguous().t()
-            module.weight.data = weight
-    return model
-
-
 # Text
 
 
@@ -309,6 +291,7 @@ class GenerateConfig:
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # end before this text; may be given several times
     ignore_end: bool = False  # write on after the end-of-text token
     logprobs: bool = False  # after each text, list its tokens with their log-probabilities
+    weights: Weights = "float32"  # int8 and 16 bits take less memory, and are faster where the CPU or GPU has them
     checkpoint: str = "best"  # last, best (lowest validation loss), or a name such as step-00000100
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
 
@@ -343,7 +326,7 @@ def main(cfg: GenerateConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     prompts, sampling = _read_prompts(cfg), cfg.sampling
     model, tokenizer = load_model(cfg.run, pick_device(cfg.device), name=cfg.checkpoint)
-    prepare_for_decoding(model)
+    prepare(model, cfg.weights)
     TextStream(tokenizer, cfg.stop)  # refuses empty stop strings
     if cfg.interactive:
         _interact(cfg, model, tokenizer)

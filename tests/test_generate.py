@@ -28,9 +28,9 @@ from model.generate import (
     generate,
     generate_batch,
     main,
-    prepare_for_decoding,
 )
 from model.gpt import GPT
+from model.quantize import prepare
 from model.sampling import Sampling, sample
 from model.tokenizer import CharTokenizer
 
@@ -142,7 +142,7 @@ def test_kernels_draw_the_eager_ids(model, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
 def test_graph_draws_the_eager_ids(model, settings, device):
-    model = prepare_for_decoding(copy.deepcopy(model).to(device))
+    model = prepare(copy.deepcopy(model).to(device))
     eager, graph = (
         batch(model, [Continuation(p) for p in PROMPTS], sampling=Sampling(**settings), batch_size=3, graph=graph)
         for graph in (False, True)
@@ -660,7 +660,7 @@ def test_prepared_model_computes_the_same(dtype):
     idx = torch.randint(50, (2, 12))
     with torch.no_grad():
         before = model(idx)[0]
-        assert prepare_for_decoding(model) is model
+        assert prepare(model) is model
         after = model(idx)[0]
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-6}[dtype]  # the tables of 16 bits are rounded before their sum
     torch.testing.assert_close(after, before, rtol=0, atol=rounding * float(before.abs().max()))
