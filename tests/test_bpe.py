@@ -175,7 +175,7 @@ def test_training_reads_only_the_training_part(tmp_path):
         assert set("qxzv") & set(b"".join(made.tokens[256:]).decode()) == expected
 
 
-def test_words_do_not_reach_from_one_document_into_the_next(tmp_path):
+def test_words_do_not_cross_documents(tmp_path):
     for name in "abcdefgh":
         (tmp_path / f"{name}.txt").write_text("qo no no")
     tokens = prepare(tmp_path, tmp_path / "tokens", "bpe:259", val_fraction=0).tokenizer.tokens

@@ -102,7 +102,7 @@ def test_weights_that_are_not_finite_are_refused(wrong):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("M", [1, 2, 9])
 @pytest.mark.parametrize("bias", [True, False])
-def test_int8_product_is_exact_but_for_two_digits_of_x(shape, M, bias):
+def test_int8_product_is_exact_up_to_two_digits(shape, M, bias):
     """Against float64 with the same integers: |error| <= r / 2 * sum_k |W[n, k]|, r = max |x| / 32512, and rounding."""
     N, K = shape
     q, scale = quantize.quantize(torch.randn(shape) * torch.logspace(-3, 3, N)[:, None])
