@@ -33,7 +33,7 @@ from model.config import GPTConfig
 from model.data import books
 from model.decoder import Decoder
 from model.gpt import GPT
-from model.quantize import Weights, prepare
+from model.quantize import Weights, avoid_amx, prepare
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
 
@@ -325,6 +325,8 @@ def main(cfg: GenerateConfig) -> None:
         if (value := getattr(cfg, name)) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     prompts, sampling = _read_prompts(cfg), cfg.sampling
+    if cfg.weights == "int8":
+        avoid_amx()
     model, tokenizer = load_model(cfg.run, pick_device(cfg.device), name=cfg.checkpoint)
     prepare(model, cfg.weights)
     TextStream(tokenizer, cfg.stop)  # refuses empty stop strings

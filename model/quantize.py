@@ -23,6 +23,7 @@ and on a CPU no time.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Literal
 
@@ -69,6 +70,15 @@ def prepare(model: GPT, weights: Weights | None = None) -> GPT:
                 weight = weight.t().contiguous().t()
             module.weight.data = weight
     return model
+
+
+def avoid_amx() -> None:
+    """Call this before the first product of a process that decodes with int8 on a CPU: without AMX it is faster.
+
+    oneDNN takes AMX wherever it is, and a token's two rows leave its tiles nearly empty (LOG.md). It reads the variable
+    once, at its first product; a value of the user's own stays, and a CPU without AMX is not concerned.
+    """
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

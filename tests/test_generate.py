@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import math
+import os
 import re
 import runpy
 import sys
@@ -637,6 +638,15 @@ def test_command_takes_the_old_option_name(run_folder, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         runpy.run_module("model.generate", run_name="__main__", alter_sys=True)
     assert "has no checkpoint 'step-9'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "int8"])
+def test_command_takes_low_precision_weights(cli, weights, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("ONEDNN_MAX_CPU_ISA", None)
+    code, out, err = cli("--prompt", "Down ", "--tokens", 5, "--greedy", "--weights", weights)
+    assert (code, err) == (0, "") and out.startswith("Down ")
+    assert ("ONEDNN_MAX_CPU_ISA" in os.environ) == (weights == "int8")
 
 
 def test_command_refuses_a_folder_without_a_run(cli, tmp_path):

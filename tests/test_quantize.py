@@ -278,6 +278,15 @@ def test_conversion_leaves_no_matrix_behind(form):
         prepare(model, "int8")
 
 
+def test_amx_is_avoided_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    quantize.avoid_amx()
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    quantize.avoid_amx()
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_BF16"
+
+
 def test_no_warning_is_shown():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
