@@ -47,7 +47,7 @@ def require_nanogpt(folder: Path | None, *files: str) -> None:
     """UserError for a folder that lacks one of these files of a nanoGPT checkout."""
     for name in files:
         if folder is not None and not (folder / name).is_file():
-            raise UserError(f"{folder} is no checkout of nanoGPT: it has no {name}")
+            raise UserError(f"{folder} is not a nanoGPT checkout: it has no {name}")
 
 
 def transformers_gpt2(model: GPT) -> nn.Module:

@@ -66,7 +66,7 @@ def arguments(
 
 
 def environment() -> dict[str, str]:
-    """The environment of its process: what model/ has set for ours is none of its business."""
+    """The environment of its process, without what model/ sets for ours."""
     ours = ("GOMP_SPINCOUNT", "PYTHONPATH")
     env = {name: value for name, value in os.environ.items() if name not in ours}
     return env | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}

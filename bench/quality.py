@@ -62,7 +62,7 @@ def lines(argv: list[str], **where: Any) -> Generator[str]:
             process.wait(SAVING_S)
     if process.returncode:
         errors = [i for i, line in enumerate(tail) if line.startswith("error: ")]
-        message = [*tail][errors[-1] if errors else -1 :] or ["it has failed without a word"]
+        message = [*tail][errors[-1] if errors else -1 :] or ["it failed without a message"]
         raise Failed(process.returncode, "\n".join(message).removeprefix("error: "))
 
 
@@ -102,7 +102,7 @@ class Quality(command.Measurement):
             if not 0 <= value < math.inf:
                 raise UserError(f"--{name} must be above 0, got {value:g}")
         if not (self.until_loss or self.minutes):
-            raise UserError("how long is a run? give --until-loss, --minutes, or both")
+            raise UserError("a run has no end: give --until-loss, --minutes, or both")
         peer_models.require_nanogpt(self.nanogpt, "train.py", "model.py", "configurator.py")
         for name in _OWN:
             if any(option.partition("=")[0] == f"--{name}" for option in self.options):

@@ -21,6 +21,7 @@ from model.report.charts import NONE, num
 from model.report.pages import SYMBOLS, Cell, Figure, Table, page, table
 
 NO_GPU = "No report of a GPU has been committed yet."
+NO_REPORT = "No report of this kind has been committed yet."
 _CLOCKS = {"events": "one call, by CUDA events", "graph": "device alone, by CUDA graph", "wall": "wall time"}
 _MARKS = "faster in more than four fifths of the rounds, ▼ slower in more than four fifths, = neither."
 _RATIO = (
@@ -198,7 +199,9 @@ def _readme_part(reports: Mapping[str, Report], kind: str) -> str:
             command = report.method.get("command", _COMMANDS[kind])
             parts.append(f"{_escape(report.device)}, {_escape(versions)}: `{command}`, [{name}]({name})")
             parts += ["\n".join(_markdown_table(table)) for table in shown]
-    return "\n\n".join([*([] if on_gpu else [NO_GPU]), *parts])
+    if not parts:
+        return NO_REPORT
+    return "\n\n".join(parts if on_gpu else [NO_GPU, *parts])
 
 
 def _readme_pick(report: Report, kind: str) -> list[Table]:

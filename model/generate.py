@@ -356,7 +356,7 @@ def _read_prompts(cfg: GenerateConfig) -> list[str]:
     if sum(given.values()) > 1:
         raise UserError(f"{' and '.join(name for name in given if given[name])} exclude each other: give one of them")
     if cfg.interactive and cfg.samples > 1:
-        raise UserError("--interactive writes one text for each prompt: leave out --samples")
+        raise UserError("--interactive writes one text for each prompt: omit --samples")
     if cfg.prompt_file is not None:
         prompts = [_read_file(cfg.prompt_file).removesuffix("\n")]
     elif cfg.prompts is not None:

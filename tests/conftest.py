@@ -1,6 +1,7 @@
 """Shared set-up. Without a CUDA device the kernels run in Triton's interpreter: to be asked for before its import."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,3 +30,16 @@ def _seed():
 def device() -> torch.device:
     """Where kernels run in this session: the GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if HAS_CUDA else "cpu")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working directory with a book in it, for runs of train.py; 40 characters are sample enough."""
+    from trainer import TEXT  # here, as these imports take seconds
+
+    from model.training import summary
+
+    (tmp_path / "book.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(summary, "SAMPLE_TOKENS", 40)
+    return tmp_path

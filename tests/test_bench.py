@@ -1,4 +1,4 @@
-"""The benchmarks' base: turns and clocks, reports, comparison, the budget, and error messages."""
+"""The benchmarks' base: turns and clocks, reports, comparison, and error messages."""
 
 import dataclasses
 import json
@@ -8,29 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from pytest_benchmark.cli import main as pytest_benchmark_main
+from reports import CPU, PARAMS, make_report, make_row, refusal
 
 from bench import __main__ as bench_main
-from bench import command, gpu, record, roofline, timing
+from bench import command, record, timing
 from bench import compare as comparison
 from bench.record import CONTROL, Report, Row
-from kernels import _check, _proof
-from kernels._registry import all_specs
 from model.cli import UserError
-
-CPU, BF16 = torch.device("cpu"), torch.bfloat16
-PARAMS = {"op": "bias_gelu", "case": "M=8 N=16", "dtype": "float32", "mode": "forward"}
-
-
-def _report(*rows: Row, **machine) -> Report:
-    found = Report.start(CPU)
-    found.machine.update(machine)
-    found.rows += rows
-    return found
-
-
-def _row(provider="eager", seconds=(1.0, 1.0, 1.0), op="bias_gelu", **metrics) -> Row:
-    return Row("kernels", {**PARAMS, "op": op}, provider, "wall", tuple(seconds), metrics)
-
 
 # ---- clocks
 
@@ -218,10 +202,10 @@ def test_lead_in_on_a_gpu_is_not_timed(fake_cuda):
 def test_report_round_trip(tmp_path):
     path = tmp_path / "new" / "r.json"
     rows = (
-        _row(seconds=(0.25, 0.5, 1.0), gb_per_s=3.0),
+        make_row(seconds=(0.25, 0.5, 1.0), gb_per_s=3.0),
         Row("kernels", PARAMS, "flex", "graph", error="RuntimeError: no"),
     )
-    written = _report(*rows)
+    written = make_report(*rows)
     written.missing["liger"] = "not installed"
     for _ in range(2):
         written.write(path)
@@ -235,18 +219,20 @@ def test_report_round_trip(tmp_path):
 
 def test_killed_write_keeps_the_previous_report(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
-    _report(_row()).write(path)
+    make_report(make_row()).write(path)
     before = path.read_bytes()
     monkeypatch.setattr("model.files.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        _report(_row(), _row("compile")).write(path)
+        make_report(make_row(), make_row("compile")).write(path)
     assert path.read_bytes() == before
 
 
 def test_pytest_benchmark_reads_our_reports(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "r.json"
-    _report(_row(), _row("compile", (2.0, 3.0, 4.0)), Row("kernels", PARAMS, "flex", error="no")).write(path)
+    make_report(make_row(), make_row("compile", (2.0, 3.0, 4.0)), Row("kernels", PARAMS, "flex", error="no")).write(
+        path
+    )
     monkeypatch.setattr("sys.argv", ["pytest-benchmark", "compare", str(path), "--columns=median,iqr,outliers,rounds"])
     pytest_benchmark_main()
     out = capsys.readouterr().out
@@ -285,14 +271,14 @@ def test_pytest_benchmark_files_are_read(tmp_path):
 @pytest.mark.parametrize("call", [["report"], ["compare", "whole.json"]])
 def test_damaged_reports_are_refused(text, words, call, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _report(_row()).write(Path("whole.json"))
+    make_report(make_row()).write(Path("whole.json"))
     Path("bad.json").write_text(text)
-    assert words in _refusal([*call, "bad.json"], capsys)
+    assert words in refusal([*call, "bad.json"], capsys)
 
 
 def test_binary_files_are_refused(tmp_path, capsys):
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe\x00")
-    assert "is not a whole report" in _refusal(["report", str(tmp_path / "bad.json")], capsys)
+    assert "is not a whole report" in refusal(["report", str(tmp_path / "bad.json")], capsys)
 
 
 # ---- comparison
@@ -305,8 +291,8 @@ def _scaled(factor, samples=STEADY):
 
 
 def _compared(factor, control, **options):
-    a = _report(_row(seconds=_scaled(1)), _row(CONTROL, _scaled(0.5)))
-    b = _report(_row(seconds=_scaled(factor)), _row(CONTROL, _scaled(0.5 * control)))
+    a = make_report(make_row(seconds=_scaled(1)), make_row(CONTROL, _scaled(0.5)))
+    b = make_report(make_row(seconds=_scaled(factor)), make_row(CONTROL, _scaled(0.5 * control)))
     (change,) = comparison.compare([a], [b], **options).changes
     return change
 
@@ -335,22 +321,22 @@ def test_threshold_is_an_option():
 
 def test_noise_is_unclear():
     noisy = [1.0, 2.0, 0.6, 1.4, 0.9, 3.0, 1.2, 0.7]
-    a, b = (_report(_row(seconds=_scaled(f, noisy)), _row(CONTROL, STEADY[:8])) for f in (1.0, 1.3))
+    a, b = (make_report(make_row(seconds=_scaled(f, noisy)), make_row(CONTROL, STEADY[:8])) for f in (1.0, 1.3))
     assert [c.verdict for c in comparison.compare([a], [b]).changes] == ["unclear"]
 
 
 def _twenty(factors, controls):
     """Two reports of twenty rows, each in a group of its own, B's times being A's by these factors."""
-    a, b = _report(), _report()
+    a, b = make_report(), make_report()
     for i, (factor, drift) in enumerate(zip(factors, controls, strict=True)):
-        a.rows += [_row(op=f"op{i}", seconds=STEADY), _row(CONTROL, STEADY, op=f"op{i}")]
-        b.rows += [_row(op=f"op{i}", seconds=_scaled(factor)), _row(CONTROL, _scaled(drift), op=f"op{i}")]
+        a.rows += [make_row(op=f"op{i}", seconds=STEADY), make_row(CONTROL, STEADY, op=f"op{i}")]
+        b.rows += [make_row(op=f"op{i}", seconds=_scaled(factor)), make_row(CONTROL, _scaled(drift), op=f"op{i}")]
     return comparison.compare([a], [b])
 
 
 def test_several_runs_widen_the_interval(tmp_path, capsys):
     def side(*factors):
-        return [_report(_row(seconds=_scaled(f)), _row(CONTROL, STEADY)) for f in factors]
+        return [make_report(make_row(seconds=_scaled(f)), make_row(CONTROL, STEADY)) for f in factors]
 
     assert comparison.compare(side(1.0), side(1.3)).of("slower")
     assert not comparison.compare(side(1.0, 1.28), side(1.3, 1.0)).of("slower")  # runs of one code differ as much
@@ -380,9 +366,9 @@ def test_median_interval_covers_99_percent():
 
 
 def test_fatter_and_lost_rows():
-    a = _report(_row(peak_mib=100.0), _row("compile", peak_mib=100.0), _row("liger"), _row("fla"))
-    b = _report(
-        _row(peak_mib=102.5), _row("compile", peak_mib=100.4), _row("flex"),
+    a = make_report(make_row(peak_mib=100.0), make_row("compile", peak_mib=100.0), make_row("liger"), make_row("fla"))
+    b = make_report(
+        make_row(peak_mib=102.5), make_row("compile", peak_mib=100.4), make_row("flex"),
         Row("kernels", {k: v for k, v in PARAMS.items() if k != "mode"}, "liger", error="not timed: red"),
     )  # fmt: skip
     result = comparison.compare([a], [b])
@@ -400,9 +386,9 @@ def test_exit_code_of_compare(factor, code, tmp_path, capsys):
     paths = []
     for f in (1.0, factor):
         paths.append(str(tmp_path / f"{len(paths)}.json"))
-        _report(_row(seconds=_scaled(f)), _row(op="layer_norm", seconds=_scaled(1)), _row(CONTROL, STEADY)).write(
-            Path(paths[-1])
-        )
+        make_report(
+            make_row(seconds=_scaled(f)), make_row(op="layer_norm", seconds=_scaled(1)), make_row(CONTROL, STEADY)
+        ).write(Path(paths[-1]))
     try:
         bench_main.main(["compare", *paths])
         got = None
@@ -416,175 +402,12 @@ def test_exit_code_of_compare(factor, code, tmp_path, capsys):
 
 
 def test_two_devices_are_compared_on_request_only():
-    a, b = _report(_row(), device="A"), _report(_row(), device="B")
+    a, b = make_report(make_row(), device="A"), make_report(make_row(), device="B")
     with pytest.raises(UserError, match=r"different devices: A, .*; B, .*\n.*--across-devices"):
         comparison.compare([a], [b])
     assert len(comparison.compare([a], [b], across_devices=True).changes) == 1
     with pytest.raises(UserError, match="no measurement in common"):
-        comparison.compare([_report(_row())], [_report(_row(op="layer_norm"))])
-
-
-# ---- the budget
-
-
-class Clock:
-    """Seconds that pass when a job says so."""
-
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-def _jobs(clock, *costs, cap=10):
-    def job(i, cost):
-        def run():
-            for part in range(2):
-                clock.now += cost / 2
-                yield [_row(f"{i}.{part}")]
-
-        return gpu.Job(f"job {i}", cap, run)
-
-    return [job(i, cost) for i, cost in enumerate(costs)]
-
-
-def _carried_out(tmp_path, jobs, clock, seconds):
-    report = _report()
-    gpu.run_jobs(jobs, report, tmp_path / "r.json", gpu.Budget(seconds, clock))
-    assert Report.read(tmp_path / "r.json").rows == report.rows
-    return report
-
-
-def test_budget_drops_the_last_jobs(tmp_path, capsys):
-    clock = Clock()
-    report = _carried_out(tmp_path, _jobs(clock, 10, 10, 10, 10), clock, 30)
-    assert [row.provider for row in report.rows] == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
-    assert report.dropped == ["job 3"] and clock.now == 30
-    assert capsys.readouterr().out.splitlines()[-1] == "dropped, 0 s left: job 3"
-
-
-def test_slow_job_stops_at_its_cap(tmp_path):
-    clock = Clock()
-    report = _carried_out(tmp_path, _jobs(clock, 40, 4, 40, 4), clock, 60)
-    # 20 s a group: the first job stops after its first, the third too, and the fourth still has the 10 s of its cap
-    assert [row.provider for row in report.rows] == ["0.0", "1.0", "1.1", "2.0", "3.0", "3.1"]
-    assert report.dropped == ["job 0: from here on", "job 2: from here on"] and clock.now == 48
-
-
-def test_job_past_the_deadline_stops_after_its_group(tmp_path):
-    clock = Clock()
-    report = _carried_out(tmp_path, _jobs(clock, 100, 1, cap=45), clock, 45)
-    assert [row.provider for row in report.rows] == ["0.0"]
-    assert report.dropped == ["job 0: from here on", "job 1"] and clock.now == 50
-
-
-def test_broken_job_spares_the_others(tmp_path):
-    clock = Clock()
-
-    def broken():
-        yield [_row("before")]
-        raise RuntimeError("no such kernel\nand more")
-
-    jobs = [gpu.Job("broken", 1, broken), *_jobs(clock, 1)]
-    report = _carried_out(tmp_path, jobs, clock, 60)
-    assert [row.provider for row in report.rows] == ["before", "0.0", "0.1"]
-    assert report.dropped == ["broken: RuntimeError: no such kernel"]
-
-
-def test_kill_keeps_finished_groups(tmp_path):
-    clock = Clock()
-
-    def killed():
-        yield [_row("kept")]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        gpu.run_jobs([gpu.Job("k", 1, killed)], _report(), tmp_path / "r.json", gpu.Budget(60, clock))
-    assert [row.provider for row in Report.read(tmp_path / "r.json").rows] == ["kept"]
-
-
-def _verdict(red=()):
-    cases = {name: spec.cases[0] for name, spec in all_specs().items()}
-    rows = [_proof.Comparison(name, case, BF16, "y", 0.5, 1.0, case_dtype=BF16) for name, case in cases.items()]
-    failures = [f"{name} is off" for name, _ in red]
-    return _check.CheckResult(rows, failures, set(red), 0, 1.0, "a GPU")
-
-
-@pytest.mark.parametrize("red", [(), (("layer_norm", BF16),)])
-def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
-    clock, asked = Clock(), {}
-
-    def kernels_run(self, device, report, roofs, *, part, gate):
-        (op,), dtype = self.op, getattr(torch, self.dtype[0])
-        clock.now += 1
-        quick = part == slice(1)
-        asked[op, dtype, quick] = gate(all_specs()[op], dtype)
-        providers = ["eager", *([] if asked[op, dtype, quick] else ["triton"])]
-        yield [Row("kernels", {"op": op, "quick": quick}, name, "events", (0.001, 0.002)) for name in providers]
-
-    def train_groups(self, device, report):
-        clock.now += 5
-        yield [Row("train", {"batch": self.batch[0]}, name, "events", (0.1,)) for name in self.provider]
-
-    def generate_groups(self, device, report):
-        clock.now += 5
-        yield [Row("generate", {"batch": self.batch[0]}, "triton", "events", (0.1,))]
-
-    monkeypatch.setattr(gpu, "_device", lambda: CPU)
-    monkeypatch.setattr(gpu.Budget.__init__, "__defaults__", (clock,))
-    monkeypatch.setattr(gpu, "compile_all", lambda *a: (3, 3))
-    monkeypatch.setattr(gpu._check, "check", lambda *a, **k: _verdict(red))
-    monkeypatch.setattr(gpu.roofline, "measure", lambda *a: roofline.Roofs({65536: 1e-6}, {"bfloat16": 1e12}))
-    monkeypatch.setattr(gpu, "proof_failure", lambda spec, dtype, device: "asked again")
-    monkeypatch.setattr(gpu.Kernels, "run", kernels_run)
-    monkeypatch.setattr(gpu.Train, "groups", train_groups)
-    monkeypatch.setattr(gpu.Generate, "groups", generate_groups)
-    argv = ["gpu", "--out", str(tmp_path / "new"), "--minutes", "2"]
-    if red:
-        with pytest.raises(SystemExit) as stop:
-            bench_main.main(argv)
-        assert stop.value.code == 1
-    else:
-        bench_main.main(argv)
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
-        "check.json",
-        "report.html",
-        "report.json",
-        "report.md",
-    ]
-    assert asked["layer_norm", BF16, True].startswith("not timed" if red else "")
-    assert asked["bias_gelu", BF16, True] == "" and asked["bias_gelu", torch.float16, True] == "asked again"
-    found = Report.read(tmp_path / "new" / "report.json")
-    assert {row.kind for row in found.rows} == {"kernels", "train", "generate"}
-    out = capsys.readouterr().out
-    summary = out[out.rindex("comparisons with float64") :].splitlines()
-    assert len(summary) < 60 and "triton" in out and "best other eager" in out
-    assert "[120 s left] training gpt2, batch 64" in out
-    assert _refusal(argv, capsys).endswith("name another file, or move that one away\n")
-
-
-def test_summary_stays_short():
-    rows = [_row("triton", op=f"op{i}") for i in range(90)]
-    found = _report(*rows)
-    found.dropped = [f"job {i}" for i in range(50)]
-    lines = gpu.summary(found, _verdict())
-    assert len(lines) < 60 and lines[0].startswith("7 comparisons")
-
-
-def test_launches_of_a_case_are_compiled(monkeypatch):
-    compiled = []
-
-    def compile_launch(launch, arch):
-        compiled.append(arch)
-        if len(compiled) == 1:
-            raise RuntimeError("no such register")
-
-    monkeypatch.setattr(gpu, "compile_launch", compile_launch)
-    monkeypatch.setattr(
-        gpu, "unique", lambda launches, arch: launches
-    )  # which asks the compiler, and this suite is interpreted
-    assert gpu._compile_case("layer_norm", torch.float32, 0, 90) == len(compiled) - 1 > 0
-    assert set(compiled) == {90}
+        comparison.compare([make_report(make_row())], [make_report(make_row(op="layer_norm"))])
 
 
 # ---- refusals
@@ -593,14 +416,6 @@ def test_launches_of_a_case_are_compiled(monkeypatch):
 def test_reported_command_has_no_local_paths():
     typed = ["train", "--nanogpt", "/home/someone/nanoGPT", "--batch", "4", "--out", "/home/someone/t.json"]
     assert command.typed(typed) == "python -m bench train --nanogpt nanoGPT --batch 4"
-
-
-def _refusal(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench_main.main(argv)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") <= 2, err
-    return err
 
 
 @pytest.mark.parametrize(
@@ -632,11 +447,11 @@ def test_bad_arguments(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("taken.json").write_text("{}")
-    assert words in _refusal(argv, capsys)
+    assert words in refusal(argv, capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_gpu_command_without_a_gpu(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    err = _refusal(["gpu"], capsys)
+    err = refusal(["gpu"], capsys)
     assert "needs an NVIDIA GPU" in err and err.count("\n") == 1 and not list(tmp_path.iterdir())

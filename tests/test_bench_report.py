@@ -501,7 +501,7 @@ def test_readme_tables_show_the_reports(reports):
     assert "| both |" in first and "70.0 %" in first
     only_cpu = report.readme_tables({"bench/results/cpu.json": cpu})
     assert all(part.startswith(report.NO_GPU) and "A CPU, 2 threads" in part for part in only_cpu.values())
-    assert set(report.readme_tables({}).values()) == {report.NO_GPU}
+    assert set(report.readme_tables({}).values()) == {report.NO_REPORT}
 
 
 def test_quality_table_has_means_over_seeds(reports):

@@ -14,17 +14,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from checkpoints import CONFIG, FILES, PARTS, empty, flip, kept, mark, partial, parts, save, save_failure, truncate
 from safetensors import SafetensorError, safe_open
 
 from model import checkpoint, files
 from model.cli import UserError
 from model.config import GPTConfig
-from model.gpt import GPT
 from model.tokenizer import CharTokenizer
-
-CONFIG = GPTConfig(vocab_size=5, n_positions=8, n_embd=8, n_layer=2, n_head=2, resid_pdrop=0.1)
-PARTS = ("model", "optimizer", "ema", "trainer")
-FILES = (*(f"{part}.safetensors" for part in PARTS), "state.json", "validation.json")
 
 
 @pytest.fixture(autouse=True)
@@ -37,48 +33,6 @@ def _fast_disk(monkeypatch):
 def run(tmp_path) -> Path:
     CharTokenizer("abcd").save(tmp_path / "tokenizer")
     return tmp_path
-
-
-def parts(mark: float = 0.0) -> checkpoint.Parts:
-    """Every part, with tensors as odd as they come. mark: to be recognised by."""
-    return {
-        "model": {name: p.detach() for name, p in GPT(CONFIG).named_parameters()},
-        "optimizer": {"exp_avg/a": torch.randn(3, 4).t(), "step/a": torch.tensor(7.0), "scale/a": torch.ones(2).half()},
-        "ema": {name: torch.full_like(p, 0.01) for name, p in GPT(CONFIG).named_parameters()},
-        "trainer": {"mark": torch.tensor(mark), "none": torch.empty(0, 3), "count": torch.tensor([1, 2])},
-    }
-
-
-def save(run, step, val_loss=None, *, mark=0.0, best=None, keep_last=2, content=None) -> Path:
-    folder = checkpoint.save(
-        run,
-        step,
-        parts(mark) if content is None else content,
-        config={"lr": 0.01},
-        model=CONFIG,
-        best_val_loss=best,
-        elapsed_s=1.5,
-        keep_last=keep_last,
-    )
-    if val_loss is not None:
-        checkpoint.record_validation(run, step, val_loss, keep_last)
-    return folder
-
-
-def save_failure(run, step, *, mark=0.0) -> Path:
-    return checkpoint.save_failure(run, step, parts(mark), config={}, model=CONFIG, details={"loss": "nan", "rank": 1})
-
-
-def kept(run) -> list[int]:
-    return [int(name.removeprefix("step-")) for name in checkpoint.list_checkpoints(run)]
-
-
-def mark(run, name="last") -> float:
-    return checkpoint.load(run, name).parts["trainer"]["mark"].item()
-
-
-def partial(run) -> list[str]:
-    return sorted(path.name for path in run.rglob("*") if ".tmp" in path.name or "-new" in path.name)
 
 
 # What is in it
@@ -243,20 +197,6 @@ def test_resume_from_earlier_drops_later_at_next_save(run):
 
 
 # Damage
-
-
-def truncate(path):
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def empty(path):
-    path.write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -586,79 +526,3 @@ def test_a_failure_that_is_not_there_or_is_damaged(run):
     with pytest.raises(UserError, match=r"failed/step-00000014/trainer\.safetensors is damaged") as caught:
         checkpoint.load(run, "failed")
     assert "use --checkpoint failed/step-00000012" in str(caught.value)
-
-
-# The model of a run
-
-
-def test_load_model_gives_the_model_and_its_tokenizer(run):
-    model = GPT(CONFIG)
-    idx = torch.tensor([[0, 1, 2, 3]])
-    expected = model.eval()(idx)[0]
-    save(run, 10, 1.0, content={"model": dict(model.named_parameters())})
-    save(run, 20, 2.0, content={"model": parts()["model"]})
-    state = torch.get_rng_state()
-    loaded, tokenizer = checkpoint.load_model(run)
-    assert torch.equal(loaded(idx)[0], expected)  # of the best; evaluation mode, so without dropout
-    assert not loaded.training and loaded.config == CONFIG
-    assert tokenizer.encode("dab") == [3, 0, 1]
-    assert not torch.equal(checkpoint.load_model(run, "cpu", name="last")[0](idx)[0], expected)
-    assert checkpoint.load_model(run, dtype=torch.bfloat16)[0](idx)[0].dtype == torch.bfloat16
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_load_model_refuses_the_tokenizer_of_another_model(run):
-    save(run, 10)
-    CharTokenizer("abcde").save(run / "tokenizer")
-    with pytest.raises(
-        UserError, match="/tokenizer is not the tokenizer of the model: char has 6 ids, and the model 5\n"
-    ):
-        checkpoint.load_model(run)
-
-
-def test_load_model_refuses_another_tokenizer_than_the_data_have(run):
-    save(run, 10)
-    CharTokenizer("abcd").save(run / "data")
-    checkpoint.load_model(run)
-    CharTokenizer("abce").save(run / "tokenizer")  # as many ids
-    with pytest.raises(
-        UserError, match=r"/tokenizer is not the tokenizer of .*/data\ncopy .*/data/tokenizer\.json into"
-    ):
-        checkpoint.load_model(run)
-
-
-def test_load_model_reads_only_the_averages(run):
-    folder = save(run, 10)
-    for name in ("model.safetensors", "optimizer.safetensors", "trainer.safetensors"):
-        (folder / name).unlink()
-    model, _ = checkpoint.load_model(run)
-    assert all(torch.equal(p, torch.full_like(p, 0.01)) for p in model.parameters())
-    flip(folder / "ema.safetensors")
-    with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
-        checkpoint.load_model(run)
-
-
-def test_checkpoint_of_another_model_names_the_difference(run):
-    save(run, 10)
-    saved = checkpoint.load(run)
-    checkpoint.check_model(saved, CONFIG)
-    other = GPTConfig(**{**CONFIG.to_dict(), "n_embd": 16, "n_layer": 3})
-    with pytest.raises(UserError, match=r"step-00000010 is of another model: n_embd is 8 there and 16 here$"):
-        checkpoint.check_model(saved, other)
-    biased = parts()
-    del biased["model"]["transformer.h.0.attn.c_attn.bias"]
-    save(run, 20, content=biased)
-    with pytest.raises(UserError, match=r"h\.0\.attn\.c_attn\.bias is missing there and \(24,\) here"):
-        checkpoint.check_model(checkpoint.load(run), CONFIG)
-    wide = parts()
-    wide["ema"]["transformer.wte.weight"] = torch.zeros(6, 8)
-    save(run, 30, content=wide)
-    with pytest.raises(UserError, match=r"wte\.weight is \(6, 8\) there and \(5, 8\) here"):
-        checkpoint.check_model(checkpoint.load(run), CONFIG)
-    with pytest.raises(UserError, match=r"wte\.weight is \(6, 8\) there"):
-        checkpoint.load_model(run, name="last")
-    more = parts()
-    more["model"]["lm_head.bias"] = torch.zeros(5)
-    save(run, 40, content=more)
-    with pytest.raises(UserError, match=r"lm_head\.bias is \(5,\) there and missing here"):
-        checkpoint.check_model(checkpoint.load(run), CONFIG)

@@ -111,7 +111,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
 def test_logits_loss_and_gradients_equal_hugging_face(activation):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs the transformers package")
     config = replace(SMALL, activation_function=activation)
     ours = randomize(build(config))
     theirs = transformers.GPT2LMHeadModel(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import SMALL, TEXT, call
+from trainer import SMALL, TEXT, call
 
 from bench import __main__ as bench_main
 from bench import command, peer_training, quality

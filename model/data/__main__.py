@@ -21,8 +21,8 @@ class Prepare:
     folder: tyro.conf.Positional[Path]
     """Token folder to create; an older one of that name is replaced."""
     tokenizer: str = "gpt2"
-    """char (one token per character), gpt2 (50,257 byte-pair tokens), bpe:N (N of them, learned from what is for
-    training), or the folder of a saved one."""
+    """char (one token per character), gpt2 (50,257 byte-pair tokens), bpe:N (N of them, learned from the training
+    part), or the folder of a saved tokenizer."""
     val_fraction: float = 0.1
     """Share of each text for validation, 0 to 1."""
     shard_tokens: int = SHARD_TOKENS

@@ -109,8 +109,8 @@ def prepare(
 
     tokenizer: what `build_tokenizer` takes, or a ready one. The first int(characters * (1 - val_fraction)) characters
     of each document, after `books.clean`, are train. shard_tokens: at most so many ids in a shard. The text is read
-    twice (to count, and to encode), for bpe:N once more in between (to learn from what is train), in bounded memory.
-    `folder` replaces an older token folder and appears only when it is complete; a killed run leaves
+    twice (to count, and to encode), for bpe:N once more in between (to learn from the training part), in bounded
+    memory. `folder` replaces an older token folder and appears only when it is complete; a killed run leaves
     `<folder>.incomplete-...`, which may be deleted.
     """
     if not 0 <= val_fraction <= 1:
