@@ -234,8 +234,8 @@ def train_table(group: Group, report: Report, parts: tuple[str, ...] = PARTS) ->
 def generate_tables(report: Report) -> list[Table]:
     """Greedy generation: the prompt, then token by token; a table for all batches of one setting."""
     us, made = ours(report), []
-    parts = split(groups(report, "generate"), "preset", "prompt", "tokens", "dtype")
-    for (preset, prompt, tokens, dtype, clock), members in parts.items():
+    parts = split(groups(report, "generate"), "preset", "prompt", "tokens", "dtype", "prompts")
+    for (preset, prompt, tokens, dtype, prompts, clock), members in parts.items():
         phases: dict[str, dict[str, Group]] = {}
         for group in members:
             phases.setdefault(group.get("batch"), {})[group.get("phase")] = group
@@ -249,7 +249,10 @@ def generate_tables(report: Report) -> list[Table]:
             columns[head] = [_time(group, name) for group, name in timed]
             columns[f"{phase}, tokens/s"] = [cell(group.metric(name, "tokens_per_s")) for group, name in timed]
             columns[f"{phase} speed against hf"] = [_speed(group, name, "hf") for group, name in timed]
-        made.append(table(f"{preset} {dtype}, prompt of {prompt}, {tokens} new tokens, {clock}", columns, 2))
+        if any(group.metric(name, "weights_mib") for group, name in timed):
+            columns["weights MiB"] = [cell(group.metric(name, "weights_mib")) for group, name in timed]
+        read = f"prompts of {max(1, int(prompt) // 4)} to {prompt}" if prompts == "ragged" else f"prompt of {prompt}"
+        made.append(table(f"{preset} {dtype}, {read}, {tokens} new tokens, {clock}", columns, 2))
     return made
 
 

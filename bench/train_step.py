@@ -3,7 +3,7 @@
 All start from the same weights, take the same batch of random tokens, run without dropout, and share the optimizer:
 
     plain          PyTorch's operators, attention as a textbook writes it (SDPA's math backend)
-    eager          PyTorch's operators, attention by the SDPA backend that it picks
+    eager          PyTorch's operators, attention by the SDPA backend that it picks; on a CPU the loss in chunks
     compile        torch.compile of eager, forward and backward
     +attention     eager with our attention
     +layer_norm    and our LayerNorms

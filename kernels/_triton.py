@@ -15,7 +15,7 @@ except ImportError:  # macOS, Windows, or a Linux without the wheel
     def _jit(fn=None, **_options):
         return fn if fn is not None else _jit
 
-    triton = SimpleNamespace(jit=_jit, __version__=None)  # type: ignore[assignment]
+    triton = SimpleNamespace(jit=_jit, cdiv=lambda n, d: -(-n // d), __version__=None)  # type: ignore[assignment]
     tl = SimpleNamespace(constexpr=lambda value=None: value)  # type: ignore[assignment]
 
 __all__ = ["HAS_TRITON", "INTERPRET", "tl", "triton"]

@@ -7,7 +7,8 @@
 h and w are the function's x and weight. Rows go in chunks: a product writes the chunk's logits into a scratch buffer, a
 kernel computes the loss from them and overwrites them with g, two products turn g into the gradients. The gradients are
 ready when the forward pass ends (the idea of Liger-Kernel, arXiv 2410.10989); the backward pass only scales them. g has
-no factor 1 / count: in float16 most of it would be zero.
+no factor 1 / count: in float16 most of it would be zero. On a CPU PyTorch's operators take the kernel's place in the
+same loop, except in float64: a chunk of logits stays in the cache.
 
 h: (M, C), its products in its dtype; w: (V, C) any floating dtype; t: (M,) int64; sums over chunks (dw) in float32.
 Work: 2MCV forward and 4MCV for both gradients. Bytes that must cross memory: h and w, and dh and dw.
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import use_triton
+from ._dispatch import TRITON_DTYPES, use_triton
 from ._launch import launch, recording
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
@@ -84,35 +85,50 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         out.addmm_(a.float(), b.float())
 
 
+def _loss_eager(g: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, gradient: bool) -> None:
+    """What `_loss_kernel` does, by PyTorch: g: (m, V) logits, overwritten with their gradient; losses: (m,)."""
+    log_p = torch.log_softmax(g, 1, dtype=torch.float32)
+    losses.copy_(F.nll_loss(log_p, targets, ignore_index=ignore_index, reduction="none"))
+    if gradient:
+        is_counted = (targets != ignore_index)[:, None]
+        t = targets[:, None].where(is_counted, 0)
+        p = log_p.exp_()
+        torch.mul(p.scatter_add_(1, t, p.new_full(t.shape, -1.0)), is_counted, out=g)
+
+
 @torch.library.custom_op("gpt2::linear_cross_entropy_fwd", mutates_args=())
 def linear_cross_entropy_fwd(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dw: bool
+    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dw: bool, eager: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x: (M, C), weight: (V, C), targets: (M,) -> loss: () float32; the gradients for dloss = count, (0,) if unneeded:
-    dx: (M, C) contiguous x.dtype, dw: (V, C) float32.
+    dx: (M, C) contiguous x.dtype, dw: (V, C) float32. eager: by PyTorch's operators in place of the kernel.
     """
     (M, C), V = x.shape, weight.shape[0]
     w, targets = weight.to(x.dtype), targets.contiguous()
     dx = torch.empty((M, C) if need_dx else 0, dtype=x.dtype, device=x.device)
     dw = torch.empty((V, C) if need_dw else 0, dtype=torch.float32, device=x.device).zero_()
     losses = torch.empty(M, dtype=torch.float32, device=x.device)
-    V_ROW = triton.cdiv(V, 64) * 64  # every row of the scratch begins at a multiple of 128 bytes
+    # Rows of the scratch begin at multiples of 128 bytes for the kernel, without gaps for PyTorch, which would copy it.
+    V_ROW = V if eager else triton.cdiv(V, 64) * 64
     rows = chunk_rows(M, V_ROW * x.element_size(), x.device)
     scratch = torch.empty((min(rows, M), V_ROW), dtype=x.dtype, device=x.device)
-    options = tile(V)
+    options = {} if eager else tile(V)
     for start in range(0, M, rows):
         chunk = slice(start, min(start + rows, M))
         m = chunk.stop - start
         g = scratch[:m, :V]
         _multiply(x[chunk], w.T, g)
-        launch(
-            _loss_kernel, (triton.cdiv(m, options["BLOCK_M"]),),
-            g,                  # (m, V) in rows of V_ROW
-            targets[chunk],     # (m,)
-            losses[chunk],      # (m,)
-            V_ROW, m, V, ignore_index,
-            GRADIENT=need_dx or need_dw, **options,
-        )  # fmt: skip
+        if eager:
+            _loss_eager(g, targets[chunk], losses[chunk], ignore_index, need_dx or need_dw)
+        else:
+            launch(
+                _loss_kernel, (triton.cdiv(m, options["BLOCK_M"]),),
+                g,                  # (m, V) in rows of V_ROW
+                targets[chunk],     # (m,)
+                losses[chunk],      # (m,)
+                V_ROW, m, V, ignore_index,
+                GRADIENT=need_dx or need_dw, **options,
+            )  # fmt: skip
         if need_dx:
             _multiply(g, w, dx[chunk])
         if need_dw:
@@ -121,7 +137,7 @@ def linear_cross_entropy_fwd(
 
 
 @linear_cross_entropy_fwd.register_fake
-def _(x, weight, targets, ignore_index, need_dx, need_dw):
+def _(x, weight, targets, ignore_index, need_dx, need_dw, eager=False):
     dx = x.new_empty(x.shape if need_dx else 0)
     dw = x.new_empty(weight.shape if need_dw else 0, dtype=torch.float32)
     return x.new_empty((), dtype=torch.float32), dx, dw
@@ -129,11 +145,13 @@ def _(x, weight, targets, ignore_index, need_dx, need_dw):
 
 @torch.library.custom_op("gpt2::linear_cross_entropy_bwd", mutates_args=())
 def linear_cross_entropy_bwd(
-    dloss: Tensor, targets: Tensor, ignore_index: int, dx: Tensor, dw: Tensor
+    dloss: Tensor, targets: Tensor, ignore_index: int, dx: Tensor, dw: Tensor, eager: bool = False
 ) -> tuple[Tensor, Tensor]:
     """dloss: (); dx, dw: of the forward, as they are (0,) or not -> the same, times dloss / count."""
     # Without a target the gradients are zero, and stay so.
     scale = dloss / target_count(targets, ignore_index).clamp(min=1)
+    if eager:
+        return (dx.float() * scale).to(dx.dtype), dw * scale
     scaled = torch.empty_like(dx), torch.empty_like(dw)
     for g, y in zip((dx, dw), scaled, strict=True):
         # One pass in float32: PyTorch would round the factor to dx.dtype first, where float16 has no 1 / 65536.
@@ -149,12 +167,12 @@ def linear_cross_entropy_bwd(
 
 
 @linear_cross_entropy_bwd.register_fake
-def _(dloss, targets, ignore_index, dx, dw):
+def _(dloss, targets, ignore_index, dx, dw, eager=False):
     return torch.empty_like(dx), torch.empty_like(dw)
 
 
 def _setup_context(ctx, inputs, output):
-    _, weight, targets, ctx.ignore_index, ctx.need_dx, ctx.need_dw = inputs
+    _, weight, targets, ctx.ignore_index, ctx.need_dx, ctx.need_dw, ctx.eager = inputs
     _, dx, dw = output
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
     ctx.mark_non_differentiable(dx, dw)
@@ -164,9 +182,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dloss, _ddx, _ddw):
     targets, dx, dw = ctx.saved_tensors
-    dx, dw = linear_cross_entropy_bwd(dloss, targets, ctx.ignore_index, dx, dw)
+    dx, dw = linear_cross_entropy_bwd(dloss, targets, ctx.ignore_index, dx, dw, ctx.eager)
     gradients = dx if ctx.need_dx else None, dw.to(ctx.weight_dtype) if ctx.need_dw else None
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 linear_cross_entropy_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -197,9 +215,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     check_targets("linear_cross_entropy", x, targets)
-    if use_triton("linear_cross_entropy", x, C=x.shape[1], V=weight.shape[0]):
+    eager = not use_triton("linear_cross_entropy", x, C=x.shape[1], V=weight.shape[0])
+    if not eager or (x.device.type == "cpu" and x.dtype in TRITON_DTYPES):  # chunks that stay in a CPU's cache
         need_dx, need_dw = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
-        return linear_cross_entropy_fwd(x, weight, targets, ignore_index, need_dx, need_dw)[0]
+        return linear_cross_entropy_fwd(x, weight, targets, ignore_index, need_dx, need_dw, eager)[0]
     return cross_entropy_eager(lm_logits(x, weight), targets, ignore_index)
 
 

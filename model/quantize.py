@@ -72,6 +72,12 @@ def prepare(model: GPT, weights: Weights | None = None) -> GPT:
     return model
 
 
+def weight_bytes(model: GPT) -> int:
+    """What the weights of a prepared model take, packed copies included."""
+    own = sum(p.nbytes for p in model.parameters())
+    return own + sum(m.nbytes for m in model.modules() if isinstance(m, LowPrecisionLinear | LowPrecisionEmbedding))
+
+
 def avoid_amx() -> None:
     """Call this before the first product of a process that decodes with int8 on a CPU: without AMX it is faster.
 
@@ -95,11 +101,11 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LowPrecisionLinear(nn.Module):
-    """Takes the place of a Linear."""
+    """Takes the place of a Linear. nbytes: of its weight, which `product` holds."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: Product, nbytes: int) -> None:
         super().__init__()
-        self.product = product
+        self.product, self.nbytes = product, nbytes
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return self.product(x)
@@ -109,11 +115,14 @@ class LowPrecisionLinear(nn.Module):
 
 
 class LowPrecisionEmbedding(nn.Module):
-    """Takes the place of the TiedEmbedding. weight: (V, C) in 8 or 16 bits; scale: (V,) float32 of 8 bits."""
+    """Takes the place of the TiedEmbedding. weight: (V, C) in 8 or 16 bits; scale: (V,) float32 of 8 bits.
 
-    def __init__(self, weight: Tensor, scale: Tensor | None, product: Product) -> None:
+    nbytes: of the weight, and of the copy that `product` has packed.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, product: Product, nbytes: int) -> None:
         super().__init__()
-        self.weight, self.scale, self.product = weight, scale, product
+        self.weight, self.scale, self.product, self.nbytes = weight, scale, product, nbytes
 
     def forward(self, idx: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
         x = F.embedding(idx, self.weight)
@@ -166,11 +175,16 @@ def _convert(module: Linear | TiedEmbedding, weights: Weights, dtype: torch.dtyp
     bias = None if bias is None else bias.detach().to(dtype)
     if weights == "int8":
         weight, scale = quantize(module.weight.detach())
-        product = (packed_int8 if on_cpu and _multiplies(torch.int8) else widened)(weight, scale, bias)
+        is_packed = on_cpu and _multiplies(torch.int8)
+        product = (packed_int8 if is_packed else widened)(weight, scale, bias)
     else:
         weight, scale = module.weight.detach().to(_DTYPES[weights]), None
-        product = packed(weight, bias) if dtype == weight.dtype else widened(weight, scale, bias)
-    return LowPrecisionLinear(product) if isinstance(module, Linear) else LowPrecisionEmbedding(weight, scale, product)
+        is_packed = dtype == weight.dtype
+        product = packed(weight, bias) if is_packed else widened(weight, scale, bias)
+    nbytes = weight.nbytes + (0 if scale is None else scale.nbytes)
+    if isinstance(module, Linear):
+        return LowPrecisionLinear(product, nbytes)
+    return LowPrecisionEmbedding(weight, scale, product, nbytes * (2 if is_packed else 1))
 
 
 def packed(weight: Tensor, bias: Tensor | None) -> Product:

@@ -138,6 +138,7 @@ x, w = torch.randn(3, 4), torch.ones(4)
 assert torch.equal(kernels.layer_norm(x, w), torch.nn.functional.layer_norm(x, (4,), w))
 assert kernels.causal_attention(torch.randn(1, 3, 12), 2).shape == (1, 3, 4)
 assert kernels.bias_gelu(x, w).shape == x.shape
+kernels.linear_cross_entropy(x.requires_grad_(), torch.randn(5, 4), torch.tensor([0, 1, 4])).backward()
 try:
     with kernels.use_backend("triton"):
         kernels.layer_norm(x, w)

@@ -90,8 +90,8 @@ class MemoryModel:
         mlp.c_proj   the input, 4
         residual     eager: two masks, with dropout
         ln_f         as ln_1
-        loss         the targets, int64     eager: the input, 1, log-probabilities (M, V) float32, the table, if copied
-                                            triton: both gradients, 1 and (V, C) float32, which the forward pass makes
+        loss         the targets, int64     eager on a GPU: the input, 1, log-probabilities (M, V) float32, the table
+                                            else: both gradients, 1 and (V, C) float32, which the forward pass makes
 
     (16 per block; 2 with `recompute`, its two inputs.) Our kernels save seeds instead of masks. An element of PyTorch's
     masks is a byte on a GPU and one of `dtype` on a CPU. PyTorch's attention saves seeds on a GPU; on a CPU, with
@@ -101,10 +101,10 @@ class MemoryModel:
 
     The peak is the largest of these moments, each beyond what exists between two steps:
 
-        loss, forward     triton: activations, the input, a chunk of logits, the table, if copied
-                                  (with `recompute` also the residual stream, which no pass has saved)
-        loss, backward    activations, and    eager: gradients of log-probabilities and of logits, both float32
-                                              triton: both gradients scaled
+        loss, forward     activations, the input, a chunk of logits (eager: twice), the table, if copied
+                          (with `recompute` also the residual stream, which no pass has saved)
+        loss, backward    activations, and    eager on a GPU: gradients of log-probabilities and logits, both float32
+                                              else: both gradients scaled
         mlp, backward     of each block: what the blocks up to it saved, the gradients of the parameters above, of
                           mlp.c_proj's weight and input, 4, of its output, 1, and of the residual, 1 (without dropout
                           the same tensor); then, that input freed, those of the gelu's output and input, 8
@@ -112,8 +112,8 @@ class MemoryModel:
         attention         eager, dropout: its backward pass on a CPU, the writing out of its mask with `recompute`
         c_attn, backward  all gradients but that of the position table, that of c_attn's weight in `dtype` too, 3 rows
         end               all gradients, and that of the token table again: from the output head, from the embedding,
-                          and their sum, a third tensor unless autograd may write it over the first (eager's head
-                          with a copied table); or the rows' gradient in float32 in its place
+                          and their sum, a third tensor unless autograd may write it over the first (eager); or the
+                          rows' gradient in float32 in its place
         update            all gradients, and Muon's scratch
 
     A CUDA device pads the rows of eager's table to a multiple of 128, which is always a copy. Not counted: what is
@@ -205,6 +205,7 @@ class _Step:
         self.C, self.V, self.L = self.config.n_embd, self.config.vocab_size, self.config.n_layer
         self.M = batch * model.context
         self.eager, self.card, self.size = model.backend == "eager", model.card, model.dtype.itemsize
+        self.fused_loss = not (self.eager and self.card)
         self.copy = self.size if model.dtype != torch.float32 else 0  # of one element of a weight's copy
         self.row, self.ids = self.M * self.C * self.size, self.M * 8
         self.table, self.matrices = self.V * self.C * 4, 12 * self.C * self.C * self.L * 4
@@ -226,12 +227,12 @@ class _Step:
     def _loss(self) -> tuple[int, int, int]:
         """What the loss saves, what its passes need beyond the activations, and gradients of the table at the end."""
         M, V, C = self.M, self.V, self.C
-        if self.eager:
-            head = (V + -V % 128) * C * self.size if self.card else V * C * self.copy
-            return self.ids + self.row + 4 * M * V + head, 8 * M * V, 1 if head else 2
+        if not self.fused_loss:
+            head = (V + -V % 128) * C * self.size
+            return self.ids + self.row + 4 * M * V + head, 8 * M * V, 1
         inputs = 2 if self.model.recompute else 1
         forward = self._scratch() + inputs * self.row + V * C * self.copy
-        return self.ids + self.row + self.table, max(forward, self.row + self.table), 2
+        return self.ids + self.row + self.table, max(forward, self.row + self.table), 1 if self.eager else 2
 
     def _attention(self) -> tuple[int, int]:
         """What a block's attention saves without its output, and its highest moment beyond the block's inputs."""
@@ -284,19 +285,19 @@ class _Step:
         """A forward pass without gradients, beyond the weights."""
         M, V, C, size = self.M, self.V, self.C, self.size
         table = V * C * self.copy
-        if not self.eager:
+        if self.fused_loss:
             loss = self._scratch() + table
         else:
-            width = V + (-V % 128 if self.card else 0)  # of the logits, and rows of the table that makes them
-            padded = width * C * size if self.card else 0
-            loss = M * width * size + max(table + padded, M * V * (8 if self.copy else 4))
+            width = V + -V % 128  # of the logits, and rows of the table that makes them
+            loss = M * width * size + max(table + width * C * size, M * V * (8 if self.copy else 4))
         return 2 * self.ids + max(12 * self.row, 2 * self.row + loss)
 
     def _scratch(self) -> int:
-        """The chunk of logits in kernels/linear_cross_entropy.py."""
-        row_bytes = (self.V + -self.V % 64) * self.size
+        """The chunk of logits in kernels/linear_cross_entropy.py; eager: also in float32, and log-probabilities."""
+        row_bytes = self.V * self.size if self.eager else (self.V + -self.V % 64) * self.size
         most = max(128, min(SCRATCH_BYTES, self.card // 64) // row_bytes // 64 * 64)
         chunks = -(-self.M // most)
+        row_bytes += (4 + 4 * (self.copy > 0)) * self.V if self.eager else 0
         return min(self.M, -(-self.M // (64 * chunks)) * 64) * row_bytes
 
 
