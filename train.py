@@ -3,7 +3,7 @@
     python train.py                                          # what fits this machine, on Book/: minutes on a laptop
     python train.py --preset gpt2-124M --data corpus.txt     # GPT-2 124M on a GPU
     python train.py --minutes 5 --until-loss 1.4             # as many steps as fit, or until the loss is low enough
-    python train.py --resume runs/tiny --steps 4000          # resume, bit for bit as if the run had never stopped
+    python train.py --resume runs/first-run --steps 4000     # resume, bit for bit as if the run had never stopped
     torchrun --nproc-per-node 8 train.py --preset gpt2-124M --data shards --out runs/a      # on eight GPUs
 
 The folder of a run: config.json, tokenizer/, data/ (tokens), metrics.jsonl, samples.jsonl, sample.txt, report.html,

@@ -1,10 +1,10 @@
 """How well a model predicts a text: loss in nats per token, perplexity, bits per byte; and answers to questions.
 
-    python -m model.evaluate runs/tiny                            # on the validation split of the run
-    python -m model.evaluate runs/tiny --data other.txt           # on a text of yours
-    python -m model.evaluate runs/tiny --stride 32                # with windows that overlap
-    python -m model.evaluate runs/tiny --weights int8             # and what weights of 8 bits cost
-    python -m model.evaluate runs/tiny --choices hellaswag.jsonl  # multiple choice: see model/choices.py
+    python -m model.evaluate runs/first-run                            # on the validation split of the run
+    python -m model.evaluate runs/first-run --data other.txt           # on a text of yours
+    python -m model.evaluate runs/first-run --stride 32                # with windows that overlap
+    python -m model.evaluate runs/first-run --weights int8             # and what weights of 8 bits cost
+    python -m model.evaluate runs/first-run --choices hellaswag.jsonl  # multiple choice: see model/choices.py
 
     loss = mean of -log p(token | tokens before it in its window)     perplexity = exp(loss)
     bits per byte = loss / log(2) * tokens / bytes                    comparable between tokenizers

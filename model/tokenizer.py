@@ -196,12 +196,13 @@ class TrainedTokenizer(BytePairTokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], n_vocab: int) -> TrainedTokenizer:
-        """Learn from `texts`, see `bpe.learn`. UserError if too few pairs occur twice in them."""
+        """Learn from `texts`, see `bpe.learn`: fewer than n_vocab ids where fewer pairs occur twice in them.
+
+        UserError if no pair does.
+        """
         tokens = bpe.learn(texts, n_vocab - 1)
-        if (most := len(tokens) + 1) < n_vocab:
-            limit = f"the pairs that occur twice in this text make {most:,} ids at most"
-            advice = f"use bpe:{most}, or give more text" if most >= MIN_VOCAB else "give more text"
-            raise UserError(f"bpe:{n_vocab} is too large, {limit}: {advice}")
+        if len(tokens) + 1 < MIN_VOCAB:
+            raise UserError(f"bpe:{n_vocab}: no pair of characters occurs twice in this text: give more text")
         return cls(tokens)
 
     @classmethod
@@ -242,6 +243,12 @@ def trained_size(name: str) -> int | None:
         sizes = f"a number from {MIN_VOCAB} (the bytes, one pair, end of text) to {MAX_VOCAB:,}"
         raise UserError(f"{name!r} is no size of a byte-pair vocabulary: after bpe: give {sizes}, such as bpe:2048")
     return int(size)
+
+
+def describe(tokenizer: Tokenizer, name: str) -> str:
+    """How many ids it has, and why, if they are fewer than those of the bpe:N that was asked for."""
+    fewer = tokenizer.n_vocab < (trained_size(name) or 0)
+    return f"{tokenizer.n_vocab:,} ids" + f", all that pairs which occur twice in this text make, not {name}" * fewer
 
 
 def is_called(tokenizer: Tokenizer, name: str) -> bool:
@@ -408,7 +415,7 @@ def main(cfg: TokenizerConfig) -> None:
             n_bytes += (encoded := len(text.encode()))
             progress.advance(encoded)
     tokenizer.save(out)
-    print(f"{out / FILE}: {cfg.vocab_size:,} tokens; {n_bytes / n_tokens:.2f} bytes per token on {n_bytes:,} bytes")
+    print(f"{out / FILE}: {describe(tokenizer, name)}; {n_bytes / n_tokens:.2f} bytes per token on {n_bytes:,} bytes")
     print(f"use it: python train.py --tokenizer {shlex.quote(str(out))}")
 
 

@@ -46,10 +46,10 @@ COMMANDS = list(dict.fromkeys(" ".join(line.split("  #")[0].split()) for line in
 # What keeps a command short here; the command itself stays as a reader would type it.
 TINY = ["--n-layer", "1", "--n-embd", "16", "--context", "16", "--batch-size", "2", "--eval-every", "2"]
 SHORTER = {
-    "python train.py --data": [*TINY, "--steps", "2"],
+    "python train.py --data corpus.txt --out runs/a --or-resume": [*TINY, "--steps", "4"],
+    "python train.py --data": [*TINY, "--minutes", "0.01"],
     "python train.py --resume": ["--steps", "6"],
     "python train.py --preset": [*TINY, "--steps", "2", "--n-head", "1", "--grad-accum", "1"],
-    "python train.py --tokenizer": [*TINY, "--minutes", "0.01"],
     "torchrun": [*TINY, "--steps", "2"],
     "python -m model.tokenizer": ["--vocab-size", "270"],
     "python -m model.generate": ["--tokens", "20"],
@@ -142,21 +142,21 @@ def _clone(folder):
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
-    """A clone with a short first run in runs/tiny."""
+    """A clone with a short first run in runs/first-run."""
     folder = _clone(tmp_path_factory.mktemp("clone"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         _call(["train.py", *TINY, "--steps", "2", "--data", "corpus.txt"], monkeypatch)
-    assert (folder / "runs" / "tiny").is_dir()
+    assert (folder / "runs" / "first-run").is_dir()
     return folder
 
 
 @pytest.fixture
 def folder(first_run, tmp_path):
-    """A clone of its own for a command: runs/tiny, runs/a and runs/b are there."""
+    """A clone of its own for a command: runs/first-run, runs/a and runs/b are there."""
     folder = _clone(tmp_path)
-    for name in ("tiny", "a", "b"):
-        shutil.copytree(first_run / "runs" / "tiny", folder / "runs" / name)
+    for name in ("first-run", "a", "b"):
+        shutil.copytree(first_run / "runs" / "first-run", folder / "runs" / name)
     return folder
 
 

@@ -319,7 +319,7 @@ def test_resume_with_smaller_micro_steps(here):
 def test_replaced_corpus_is_refused_and_copied_one_accepted(here, capsys):
     assert call(*SMALL, "--steps", 10, "--out", "first") == 0
     shards = [*(here / "first/data").glob("*.bin")]
-    assert call(*SMALL[:2], "--data", "first/data", *SMALL[4:], "--steps", 10, "--out", "run") == 0
+    assert call(*SMALL, "--data", "first/data", "--steps", 10, "--out", "run") == 0
     assert losses(here / "run") == losses(here / "first")
     assert not [*(here / "run/data").glob("*.bin")]  # used where they lie
     for path in shards:

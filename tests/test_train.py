@@ -215,7 +215,8 @@ def test_presets_are_named_and_valid():
     for name in names:
         cfg = preset(name)
         cfg.check()
-        assert cfg.preset == name and cfg.tokenizer == ("gpt2" if name.startswith("gpt2") else "char")
+        tokenizer = "gpt2" if name.startswith("gpt2") else "bpe:2048" if name == "first-run" else "char"
+        assert cfg.preset == name and cfg.tokenizer == tokenizer
         if cfg.tokenizer == "gpt2" and name != "gpt2-first-run":
             assert cfg.sequences * cfg.context == 2**19
     for name in ("gpt2-medium", "gpt2-large", "gpt2-xl"):
@@ -225,9 +226,9 @@ def test_presets_are_named_and_valid():
 @pytest.mark.parametrize(
     ("argv", "has_gpu", "expected"),
     [
-        ([], False, "tiny"),
+        ([], False, "first-run"),
         ([], True, "gpt2-first-run"),
-        (["--device", "cpu"], True, "tiny"),
+        (["--device", "cpu"], True, "first-run"),
         (["--preset", "shakespeare-char"], True, "shakespeare-char"),
         (["--preset=gpt2-xl"], False, "gpt2-xl"),
     ],
@@ -249,7 +250,7 @@ def test_user_preset_extends_another(here):
     cfg = preset("mine.toml")
     assert (cfg.n_layer, cfg.lr, cfg.data) == (1, 2e-3, Path("book.txt"))
     assert replace(cfg, n_layer=4, lr=3e-3, data=Path("Book"), preset="tiny") == preset("tiny")
-    assert call("--preset", "mine.toml", *SMALL, "--steps", 1) == 0
+    assert call(*SMALL, "--preset", "mine.toml", "--steps", 1) == 0
     assert (here / "runs/mine/sample.txt").exists()
 
 

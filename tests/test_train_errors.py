@@ -44,7 +44,7 @@ def test_text_too_short_for_validation_is_refused(here, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ("--preset tinny", "unknown preset 'tinny': choose one of shakespeare-char, tiny, gpt2-124M"),
+        ("--preset tinny", "unknown preset 'tinny': choose one of first-run, shakespeare-char, tiny, gpt2-124M"),
         ("--tokenizer morse", "unknown tokenizer 'morse': choose char, gpt2, bpe:N, or the folder of a trained one"),
         ("--n-head 3", "n_head must divide n_embd, but 16 is not a multiple of 3"),
         ("--steps 0", "--steps must be at least 1, got 0"),

@@ -14,7 +14,8 @@ from model.training.options import ALIASES, TrainConfig
 ROOT = Path(__file__).parents[1]
 TEXT = "CHAPTER I. The cat sat on the mat, and the mat was flat. The dog sat by the log, and the log was long.\n" * 60
 SMALL = shlex.split("""
-    --device cpu --data book.txt --n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch-size 4 --dropout 0.1
+    --preset tiny --device cpu --data book.txt --n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch-size 4
+    --dropout 0.1
     --lr 1e-2 --min-lr 1e-3 --warmup-steps 2 --eval-every 10 --eval-windows 12 --save-every 10 --log-every 5
     --sample-tokens 3
 """)

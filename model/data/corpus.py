@@ -28,7 +28,7 @@ from model.cli import LiveLine, UserError
 from model.data import books, shards
 from model.data.shards import BadShard, Shard, Tokens
 from model.tokenizer import FILE as TOKENIZER_FILE
-from model.tokenizer import Tokenizer, build_tokenizer, is_called, load_tokenizer, pieces, trained_size
+from model.tokenizer import Tokenizer, build_tokenizer, describe, is_called, load_tokenizer, pieces, trained_size
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -300,9 +300,11 @@ def _survey(paths: list[Path], tokenizer: str | Tokenizer) -> tuple[str | Tokeni
 def _train_tokenizer(name: str, documents: list[tuple[Path, int]], train_fraction: float) -> Tokenizer:
     """The pass of a tokenizer that is learned: from the training part of each document."""
     texts = (text for _, split, text in _split_documents(documents, train_fraction) if split == "train")
-    return build_tokenizer(
-        name, bpe.sample(texts, sum(int(characters * train_fraction) for _, characters in documents))
-    )
+    size = sum(int(characters * train_fraction) for _, characters in documents)
+    tokenizer = build_tokenizer(name, bpe.sample(texts, size))
+    if tokenizer.name != name:
+        print(f"vocabulary: {describe(tokenizer, name)}")
+    return tokenizer
 
 
 def _split_documents(documents: list[tuple[Path, int]], train_fraction: float) -> Iterator[_Piece]:

@@ -28,7 +28,7 @@ class ReportConfig:
 def main(cfg: ReportConfig) -> None:
     folders = list({folder.resolve(): folder for folder in cfg.runs}.values())
     if not folders:
-        raise UserError("which run? give its folder, such as runs/tiny, or several to compare them")
+        raise UserError("which run? give its folder, such as runs/first-run, or several to compare them")
     runs = [read(folder, name) for folder, name in zip(folders, compare.names(folders), strict=True)]
     alone = len(runs) == 1
     if cfg.svg:

@@ -1,7 +1,7 @@
 """The page of a run: curves, samples and options, in one file that needs no network.
 
-python -m model.report runs/tiny            # writes runs/tiny/report.html
-python -m model.report runs/tiny runs/big   # compares runs: runs/compare.html
+python -m model.report runs/first-run            # writes runs/first-run/report.html
+python -m model.report runs/first-run runs/big   # compares runs: runs/compare.html
 """
 
 from __future__ import annotations

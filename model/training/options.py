@@ -38,7 +38,7 @@ ALIASES = {"--readers": "--num-workers", "--which": "--checkpoint"}  # old name 
 class TrainConfig:
     """Train a GPT on a text. Defaults are those of the preset; without --preset, of what fits this machine."""
 
-    preset: str  # defaults of all other options: tiny, shakespeare-char, gpt2-124M, ..., or a .toml file of yours
+    preset: str  # defaults of all other options: first-run, tiny, gpt2-124M, ..., or a .toml file of yours
     data: Path = Path("Book")  # a .txt file, a folder of them, a prepared token folder, or .bin shards
     out: Folder = None  # folder of the run; without it runs/PRESET, or the next free runs/PRESET-2, -3, ...
     resume: Folder = None  # folder of a run to resume; an option that may not change then is refused by name
@@ -51,6 +51,7 @@ class TrainConfig:
     n_embd: int  # width of the model, channels
     context: int  # tokens per sequence
     dropout: float  # probability in [0, 1), in training
+    attention_dropout: float | None = None  # of attention's probabilities; --dropout if not given. Slow on a CPU
     bias: bool = True  # bias vectors in linear layers and LayerNorm
     document_mask: bool = False  # attention does not cross end-of-text tokens
     skip_bad_shards: bool = False  # skip .bin shards that cannot be read, instead of stopping at the first
@@ -118,7 +119,7 @@ class TrainConfig:
             n_head=self.n_head,
             embd_pdrop=self.dropout,
             resid_pdrop=self.dropout,
-            attn_pdrop=self.dropout,
+            attn_pdrop=self.dropout if self.attention_dropout is None else self.attention_dropout,
             bias=self.bias,
         )
 
@@ -166,6 +167,7 @@ class TrainConfig:
             ("grad_clip", 0 <= self.grad_clip < math.inf, "0 (off) or more"),
             ("spike_z", 0 < self.spike_z < math.inf, "a number above 0"),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("attention_dropout", 0 <= (self.attention_dropout or 0) < 1, "in [0, 1)"),
             ("checkpoint", self.resume is not None or self.checkpoint == "last", "omitted without --resume"),
             ("cooldown_steps", self.cooldown_steps == 0 or self.schedule == "wsd", "omitted without --schedule wsd"),
             ("or_resume", not self.or_resume or self.out is not None, "omitted without --out"),
@@ -299,7 +301,7 @@ def default_config(args: list[str]) -> TrainConfig:
         cfg = preset(name)
     else:
         has_gpu = torch.cuda.is_available() and _option(args, "--device") != "cpu"
-        cfg = preset("gpt2-first-run" if has_gpu else "tiny")
+        cfg = preset("gpt2-first-run" if has_gpu else "first-run")
     if _option(args, "--steps"):
         if _option(args, "--minutes"):
             raise UserError("--minutes sets the number of steps itself: give either --minutes or --steps")
