@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.cli import UserError, run
+from model.data import __main__ as data_main
 from model.data import books
 from model.data.books import clean, documents, read, survey
 
@@ -217,7 +218,7 @@ def test_list_command(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(BOOK)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.txt").write_text("Chapter 1\n\nHello.\n")
-    run(books.main, books.BooksConfig, prog="books", argv=["list", str(tmp_path)])
+    run(data_main.main, data_main.Command, prog="data", argv=["list", str(tmp_path)])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     n, words = len(BOOK), len(BOOK.split())
     assert rows[0] == ["work", "chapters", "characters", "words"]
@@ -230,6 +231,6 @@ def test_list_command(tmp_path, capsys):
 
 def test_list_command_refuses_bad_input(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        run(books.main, books.BooksConfig, prog="books", argv=["list", str(tmp_path / "missing")])
+        run(data_main.main, data_main.Command, prog="data", argv=["list", str(tmp_path / "missing")])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.startswith("error: no such file or folder")

@@ -2,6 +2,7 @@
 
 python -m model.data prepare Book tokens --tokenizer gpt2       # a text, or a folder of them, into a token folder
 python -m model.data show tokens                                # what is in it, every shard checked
+python -m model.data list Book                                  # chapters, characters and words of each work
 
 data = open_source(Path("Book"), Path("runs/a/data"), "gpt2")   # or load(folder), once it exists
 idx, targets = get_batch(data.train, context=1024, seed=1, step=0, rows=range(8))

@@ -1,4 +1,4 @@
-"""python -m model.data: prepare a token folder, or show what one holds."""
+"""python -m model.data: prepare a token folder, show what one holds, or list the works in a folder of text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from model.cli import run
+from model.data import books
 from model.data.corpus import SHARD_TOKENS, SPLITS, prepare, verify
 
 
@@ -37,10 +38,35 @@ class Show:
     """Token folder, such as the data/ of a run."""
 
 
-Command = Annotated[Prepare, tyro.conf.subcommand("prepare")] | Annotated[Show, tyro.conf.subcommand("show")]
+@dataclass(frozen=True)
+class List:
+    """List the works in a folder of text files with their chapters, characters and words."""
+
+    folder: tyro.conf.Positional[Path] = Path("Book")
+    """Folder of .txt files, or one of them."""
 
 
-def main(command: Prepare | Show) -> None:
+Command = (
+    Annotated[Prepare, tyro.conf.subcommand("prepare")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+)
+
+
+def list_works(folder: Path) -> None:
+    paths = books.documents(folder)
+    works = [books.survey(path) for path in paths]
+    root = folder if folder.is_dir() else folder.parent
+    names = [str(path.relative_to(root)) for path in paths] + [f"{len(works)} in all"]
+    width = max(map(len, names))
+    print(f"{'work':{width}}  chapters   characters        words")
+    for name, (chapters, characters, words) in zip(names, [*works, map(sum, zip(*works, strict=True))], strict=True):
+        print(f"{name:{width}}  {chapters:8,}  {characters:11,}  {words:11,}")
+
+
+def main(command: Prepare | Show | List) -> None:
+    if isinstance(command, List):
+        return list_works(command.folder)
     data = prepare(**vars(command)) if isinstance(command, Prepare) else verify(command.folder)
     print(f"{command.folder}: tokenizer {data.tokenizer.name}, {data.tokenizer.n_vocab:,} ids")
     for split in SPLITS:

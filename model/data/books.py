@@ -1,7 +1,5 @@
 """Text files of a corpus: find them, decode them, strip Project Gutenberg's header and footer.
 
-    python -m model.data.books list [FOLDER]     # chapters, characters and words of each work in FOLDER (default: Book)
-
 `read` (bytes -> text), `clean` (text -> the work alone) and `blocks` (both) are streams that hold about a megabyte,
 whatever the size of the file.
 """
@@ -14,13 +12,10 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from tyro.conf import Positional
-
-from model.cli import UserError, run
+from model.cli import UserError
 
 _READ_BYTES = 1 << 20
 _BLOCK = 1 << 17  # characters
@@ -192,27 +187,3 @@ def survey(path: Path) -> Work:
         heading = is_chapter and after_blank
         after_blank = line.isspace()
     return Work(chapters + heading, characters, words)
-
-
-@dataclass(frozen=True)
-class BooksConfig:
-    """List the works in a folder of text files with their chapters, characters and words."""
-
-    command: Positional[Literal["list"]]
-    folder: Positional[Path] = Path("Book")
-    """folder of .txt files"""
-
-
-def main(config: BooksConfig) -> None:
-    paths = documents(config.folder)
-    works = [survey(path) for path in paths]
-    root = config.folder if config.folder.is_dir() else config.folder.parent
-    names = [str(path.relative_to(root)) for path in paths] + [f"{len(works)} in all"]
-    width = max(map(len, names))
-    print(f"{'work':{width}}  chapters   characters        words")
-    for name, (chapters, characters, words) in zip(names, [*works, map(sum, zip(*works, strict=True))], strict=True):
-        print(f"{name:{width}}  {chapters:8,}  {characters:11,}  {words:11,}")
-
-
-if __name__ == "__main__":
-    run(main, BooksConfig, prog="python -m model.data.books")
