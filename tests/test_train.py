@@ -215,7 +215,7 @@ def test_presets_are_named_and_valid():
     for name in names:
         cfg = preset(name)
         cfg.check()
-        tokenizer = "gpt2" if name.startswith("gpt2") else "bpe:2048" if name == "first-run" else "char"
+        tokenizer = "gpt2" if name.startswith("gpt2") else "bpe:4096" if name == "first-run" else "char"
         assert cfg.preset == name and cfg.tokenizer == tokenizer
         if cfg.tokenizer == "gpt2" and name != "gpt2-first-run":
             assert cfg.sequences * cfg.context == 2**19
