@@ -173,11 +173,13 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _config(folder: Path, settings: Mapping[str, Any]) -> GPTConfig:
     """config.json as a GPTConfig with biases; UserError for what our GPT-2 has not."""
     path = folder / CONFIG
+    if (kind := settings.get("model_type")) != "gpt2":
+        raise UserError(f"{path}: model_type is {foreign.quote(kind)}, and only gpt2 can be read")
     # Absent, each is what transformers takes for it; another value is another model.
     fixed = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    for name, value in {"model_type": "gpt2", **fixed}.items():
-        if settings.get(name, value) != value:
-            raise UserError(f"{path}: {name} is {foreign.quote(settings[name])}, and this GPT-2 has {value!r} alone")
+    for name, value in fixed.items():
+        if settings.get(name, value) is not value:
+            raise UserError(f"{path}: {name} is {foreign.quote(settings[name])}, which this GPT-2 has not")
     values = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1, **settings}
     if values.get("activation_function") == "gelu_pytorch_tanh":
         values["activation_function"] = "gelu_new"  # the same function
