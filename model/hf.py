@@ -350,8 +350,8 @@ _WANTED = r"(config|tokenizer|vocab)\.json|merges\.txt|model(-\d+-of-\d+)?\.safe
 def download(name: str, run: Path) -> tuple[GPT, Tokenizer]:
     """Fetch a GPT-2 from huggingface.co, or HF_ENDPOINT, into Hugging Face's cache, and import it into `run`.
 
-    name: one of PUBLISHED, or OWNER/NAME of another. What is there already is not fetched again, a part is continued.
-    Weights are compared with the SHA-256 that the server has for them.
+    name: one of PUBLISHED, or OWNER/NAME of another. A connection that breaks is resumed where it broke; files that are
+    in the cache are not fetched again. Weights are compared with the SHA-256 that the server has for them.
     """
     _refuse_existing(run)
     if name not in PUBLISHED and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -374,7 +374,7 @@ def download(name: str, run: Path) -> tuple[GPT, Tokenizer]:
     except Exception as error:  # of huggingface_hub, of the HTTP library that its version has, or of the system
         if isinstance(error, OSError) and (message := explain(error)):
             raise UserError(message) from None
-        advice = f"try again, it continues; or copy a folder here, and: python -m model.hf import FOLDER {run}"
+        advice = f"try again, what is complete stays; or copy a folder here: python -m model.hf import FOLDER {run}"
         raise UserError(f"could not download {repo} from {server}: {foreign.clean(error)}\n{advice}") from None
     for path, file in zip(paths, wanted, strict=True):
         if file.lfs and files.sha256(path) != file.lfs.sha256:
