@@ -285,7 +285,7 @@ def _write_checkpoint(root: Path, step: int, parts: Parts, state: dict[str, Any]
     # so one of the two is there at any time.
     path = folder.with_name(f"{folder.name}-new") if folder.exists() else folder
     with files.new_folder(path, root / f"{files.TEMPORARY}{folder.name}", durable=True) as temporary:
-        entries = {f"{part}.safetensors": _write_tensors(temporary, part, tensors) for part, tensors in parts.items()}
+        entries = {f"{part}.safetensors": write_tensors(temporary, part, tensors) for part, tensors in parts.items()}
         content = _encode({"format": FORMAT, "step": step, **state, "files": entries})
         files.write_file(temporary / STATE, content, durable=True)
     _clean(root)
@@ -341,11 +341,14 @@ def _encode(content: dict[str, Any]) -> bytes:
     return json.dumps({**content, "sha256": digest}, indent=1).encode()
 
 
-def _write_tensors(folder: Path, part: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def write_tensors(
+    folder: Path, part: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Write PART.safetensors and flush it -> its size and SHA-256."""
     path = folder / f"{part}.safetensors"
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+        safetensors.torch.save_file(tensors, path, metadata)
     except SafetensorError as error:  # the number of the system's error is only in its text
         number = re.search(r"(?:os error|code:) (\d+)", str(error))
         if number is None:

@@ -146,6 +146,8 @@ def _measure_text(cfg: EvaluateConfig, model: GPT, tokenizer: Tokenizer) -> None
     losses: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         if cfg.data is None:
+            if not (cfg.run / "data").exists():
+                raise UserError(f"{cfg.run} has no validation text, as a model that was imported: give --data FILE")
             text = data.load(cfg.run / "data")
             tokens, n_bytes, name = text.val, text.meta["val"]["bytes"], "validation"
         else:

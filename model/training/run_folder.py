@@ -101,7 +101,8 @@ def stored_options(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes())["train"])
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no run: there is no {CONFIG} in it") from None
+        advice = "; fine-tune an imported model with --init" * (folder / "checkpoints").is_dir()
+        raise UserError(f"{folder} holds no run: there is no {CONFIG} in it{advice}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged, or of another version of this project: start a new run") from None
 
