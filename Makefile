@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test slow lint format gpu static fuzz mutants faults clean
+.PHONY: help train test slow lint format gpu static fuzz mutants faults llama clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make fuzz     test every kernel on EXAMPLES=300 random cases"
 	@echo "make mutants  break the kernels one line at a time; the tests must fail each time"
 	@echo "make faults   kill a training run at 50 random moments, fill its disk, damage its checkpoints"
+	@echo "make llama    install llama.cpp by npm; it must give the ids of ours for GGUF files (RUN=runs/first-run: of that run too)"
 	@echo "make lint     check format, lint and types"
 	@echo "make format   reformat the source"
 	@echo "make clean    remove .venv and caches"
@@ -54,6 +55,20 @@ mutants: $(VENV)/.with-test
 faults: $(VENV)/.with-test
 	@$(BIN)/python -m pytest -q -m long tests/test_faults.py $(ARGS)
 
+# llama.cpp, prebuilt for this machine's CPU, in an ignored folder. Needs Node.js 20 or newer.
+LLAMA := build/llama
+LLAMA_VERSION := 3.22.1
+$(LLAMA)/.made-$(LLAMA_VERSION):
+	@node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)' || { echo "error: Node.js 20 or newer is needed: nodejs.org" >&2; exit 1; }
+	@echo "installing node-llama-cpp $(LLAMA_VERSION) in $(LLAMA) (once)"
+	@platform=$$(node -p 'const p = process.platform + "-" + process.arch; ({"darwin-arm64": "mac-arm64-metal", "darwin-x64": "mac-x64"})[p] ?? p') && \
+	npm install --prefix $(LLAMA) --no-save --ignore-scripts --omit=optional --no-audit --no-fund --loglevel=error \
+		node-llama-cpp@$(LLAMA_VERSION) @node-llama-cpp/$$platform@$(LLAMA_VERSION)
+	@touch $@
+
+llama: $(VENV)/.with-test $(LLAMA)/.made-$(LLAMA_VERSION)
+	@LLAMA=$(LLAMA) RUN=$(RUN) $(BIN)/python -m pytest -q -m long tests/test_llama.py $(ARGS)
+
 lint: $(VENV)/.with-lint
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -73,4 +88,4 @@ static: $(VENV)/.with-core
 	@$(BIN)/python -m bench static --arch 80 90 100 $(ARGS)
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LLAMA) *.egg-info .pytest_cache .ruff_cache .mypy_cache

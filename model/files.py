@@ -17,22 +17,32 @@ from pathlib import Path
 TEMPORARY = ".tmp-"
 
 
-def write_atomic(path: Path, data: bytes | str, *, durable: bool = False) -> None:
-    """Replace the content of `path`; str is encoded as UTF-8.
+@contextlib.contextmanager
+def new_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield the path of a new file to write; it takes the place of `path` at the end, or is removed after an error.
 
-    On an error the old content stays, and the OSError names the file.
+    The caller flushes it. An error leaves the old content of `path`; an OSError without a file name is given `path`.
     """
     # The process id: the trainer and a user's command may write the same page at the same time.
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        write_file(temporary, data, durable=durable)
         with named_errors(path):
+            yield temporary
             os.replace(temporary, path)
         if durable:
             fsync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomic(path: Path, data: bytes | str, *, durable: bool = False) -> None:
+    """Replace the content of `path`; str is encoded as UTF-8.
+
+    On an error the old content stays, and the OSError names the file.
+    """
+    with new_file(path, durable=durable) as temporary:
+        write_file(temporary, data, durable=durable)
 
 
 def write_file(path: Path, data: bytes | str, *, durable: bool = False) -> None:

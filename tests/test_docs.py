@@ -90,6 +90,7 @@ MAKE = {  # what a target runs; the rest is installation
     "fuzz": "python -m pytest -q -m long tests/test_properties.py",
     "mutants": "python tests/mutants.py",
     "faults": "python -m pytest -q -m long tests/test_faults.py",
+    "llama": "python -m pytest -q -m long tests/test_llama.py",
     "lint": "ruff check",
     "format": "ruff format",
 }
