@@ -101,7 +101,8 @@ def stored_options(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes())["train"])
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} holds no run: there is no {CONFIG} in it") from None
+        hint = f": begin a run with its weights, --init {folder}" if (folder / "checkpoints").is_dir() else ""
+        raise UserError(f"{folder} holds no run: there is no {CONFIG} in it{hint}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged, or of another version of this project: start a new run") from None
 
