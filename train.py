@@ -31,9 +31,9 @@ from model import checkpoint, data
 from model.cli import UserError, pick_device
 from model.cli import run as run_command
 from model.evaluate import evaluate
-from model.gpt import GPT, num_parameters
+from model.lora import Base
 from model.report import page
-from model.training import memory, optim, parallel, profiling, run_folder
+from model.training import memory, optim, parallel, profiling, run_folder, weights
 from model.training.deadline import Deadline
 from model.training.failure import Diverged, stop_diverged, torch_errors_as_user_errors
 from model.training.log import Log
@@ -78,7 +78,7 @@ class Run:
 
     sequences: per step, over all processes. steps: of the whole run, 0 as long as --minutes has not set them. saved:
     the checkpoint to resume from, None for a new run. to_validate: the run ended between saving that checkpoint and
-    computing its validation loss.
+    computing its validation loss. base: the model to begin with, or to adapt.
     """
 
     folder: Path
@@ -87,6 +87,7 @@ class Run:
     steps: int
     saved: checkpoint.Checkpoint | None = None
     to_validate: bool = False
+    base: Base | None = None
 
 
 @contextlib.contextmanager
@@ -107,17 +108,19 @@ def open_run(cfg: TrainConfig, world: World) -> Iterator[Run | None]:
 
 def start_run(cfg: TrainConfig, world: World, stack: contextlib.ExitStack) -> Run:
     folder, tokens = cfg.out or Path(), None
+    base = weights.load_base(cfg)
     if world.rank == 0:
         folder = stack.enter_context(run_folder.new_folder(cfg.out, Path(cfg.preset).stem))
         stack.enter_context(run_folder.lock(folder))
-        tokens = data.open_source(cfg.data, folder / "data", cfg.tokenizer, skip_bad_shards=cfg.skip_bad_shards)
+        tokenizer = weights.tokenizer_name(cfg, base, folder / "tokenizer")
+        tokens = data.open_source(cfg.data, folder / "data", tokenizer, skip_bad_shards=cfg.skip_bad_shards)
         tokens.tokenizer.save(folder / "tokenizer")
     folder = parallel.broadcast(folder, world)
     tokens = tokens or data.load(folder / "data")
     # Refuse a text that is too short before the model is built.
     data.get_batch(tokens.train, context=cfg.context, seed=0, step=0, rows=range(1))
     data.windows(tokens.val, cfg.context, batch_size=1)
-    return Run(folder, tokens, cfg.sequences, steps=0 if cfg.minutes else cfg.steps)
+    return Run(folder, tokens, cfg.sequences, steps=0 if cfg.minutes else cfg.steps, base=base)
 
 
 def resume_run(cfg: TrainConfig, world: World, folder: Path, stack: contextlib.ExitStack) -> Run | None:
@@ -142,11 +145,12 @@ def resume_run(cfg: TrainConfig, world: World, folder: Path, stack: contextlib.E
         print(f"{folder} is finished after {done} steps{loss}; for more: {resume_command(folder)}{more}")
         return None
     tokens = data.load(folder / "data")
-    checkpoint.check_model(saved, cfg.gpt_config(tokens.tokenizer.n_vocab))
+    weights.check_saved(cfg, cfg.gpt_config(tokens.tokenizer.n_vocab), saved)
+    base = weights.load_base(cfg, saved)
     if world.rank == 0:
         (folder / SAMPLE).unlink(missing_ok=True)  # it is written when the run is finished
         run_folder.truncate_metrics(folder, done, keep_validation=not to_validate)
-    return Run(folder, tokens, stored.sequences, steps, saved, to_validate)
+    return Run(folder, tokens, stored.sequences, steps, saved, to_validate, base)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -179,11 +183,8 @@ class Trainer:
         self.memory = memory.check_memory(cfg, needs, limit, self.micro_batch, run.sequences).describe(limit)
 
         # Model
-        torch.manual_seed(cfg.seed)
-        self.model = GPT(self.config, dtype=cfg.torch_dtype)
-        self.model.recompute = cfg.recompute
-        if saved:
-            self.model.load_state_dict(saved.parts["model"])
+        self.model = weights.build(cfg, self.config, run.base, saved)
+        self.lora = weights.notes(cfg, run.base)
         if cfg.parallel != "fsdp":  # a sharded model moves to the device shard by shard
             self.model.to(world.device)
             self.model.keep_working_weights()
@@ -263,7 +264,9 @@ class Trainer:
                     if self.guard.bad_step > 0:
                         batch = self.rows, self.micro_batch
                         parts = self.gather_state()
-                        stop_diverged(self.train_step, self.cfg, self.folder, self.tokens.train, batch, parts)
+                        stop_diverged(
+                            self.train_step, self.cfg, self.folder, self.tokens.train, batch, parts, self.lora
+                        )
                     loss, norm = self.train_step.loss.item(), self.train_step.norm.item()
                     self.log.training(step, loss=loss, grad_norm=norm, lr=lr, skipped=int(self.guard.skipped))
                     if save:
@@ -288,7 +291,7 @@ class Trainer:
         cfg, world = self.cfg, self.world
         processes = f", {world.size} processes ({cfg.parallel})" if world.size > 1 else ""
         where = f"{world.device}{processes}, {cfg.dtype}, {cfg.backend} kernels"
-        print(f"{self.folder} | {num_parameters(self.model):,} parameters | {where}")
+        print(f"{self.folder} | {weights.describe(self.model)} | {where}")
         print(f"{cfg.data} | {len(self.tokens.train):,} tokens for training, {len(self.tokens.val):,} for validation")
         print(self.memory, flush=True)
 
@@ -329,13 +332,14 @@ class Trainer:
             checkpoint.save(
                 self.folder, step, parts, config=self.cfg.run_options(), model=self.config,
                 best_val_loss=self.best_val_loss, elapsed_s=self.log.elapsed_s(), keep_last=self.cfg.keep_last,
+                lora=self.lora,
             )  # fmt: skip
         self.saved_at = step
 
     def gather_state(self) -> dict[str, dict[str, Tensor]]:
         """All that changes from step to step, whole and on the CPU, in rank 0; collective."""
         parts: dict[str, dict[str, Tensor]] = {
-            "model": dict(self.model.named_parameters()),
+            **weights.parts(self.cfg, self.model),
             "optimizer": optim.optimizer_state(self.optimizers, self.model),
             "trainer": self.guard.tensors,
         }

@@ -23,6 +23,7 @@ from kernels._backend import device_problem
 from kernels._triton import INTERPRET
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT
+from model.lora import LoraConfig, add
 from model.training import optim
 from model.training.memory import Backend, MemoryModel
 from model.training.parallel import World
@@ -102,10 +103,11 @@ def step_peak(
     optimizer: Literal["adamw", "muon"] = "adamw",
     ema: bool = False,
     recompute: bool = False,
+    lora: LoraConfig | None = None,
 ) -> int:
     """Peak bytes of a training step, what exists before it included: parameters, their copies and average, the
     optimizer's state, tokens."""
-    model = GPT(config, dtype).to(device)
+    model = (GPT(config, dtype) if lora is None else add(GPT(config, dtype), lora)).to(device)
     model.keep_working_weights()
     model.recompute = recompute
     optimizers = optim.build(model, kind=optimizer, betas=(0.9, 0.95), weight_decay=0.1)

@@ -70,7 +70,7 @@ def _add_layer_norm_fwd_kernel(
 def _add_layer_norm_bwd_kernel(
     dy_ptr, dh_ptr,       # (M, N)
     saved,                # h: (M, N)  w: (N,)  mean, rstd: (M,)
-    gradients,            # dresidual, dx: (M, N)  dw, db: (programs, N) float32 partial sums
+    gradients,            # dresidual, dx: (M, N)  dw, db: (programs, N) float32 sums, or None
     stride_dy, stride_dh, M, N,
     dropout,              # seed: () or None, threshold, z
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -108,11 +108,13 @@ def _add_layer_norm_bwd_kernel(
             row_hash = dropout_hash(s0, offs_m.to(tl.int32))
             keep = keep_tile(row_hash[:, None], col_hash[None, :], threshold)
             tl.store(dx_ptr + dense, tl.where(keep, dresidual * z, 0.0).to(dx_ptr.dtype.element_ty), mask=mask)
-        dw += dy * hhat
-        db += dy
+        if dw_ptr is not None:
+            dw += dy * hhat
+            db += dy
         offs_m += tl.num_programs(0) * BLOCK_M
-    tl.store(dw_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(dw, 0), mask=mask_n)
-    tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
+    if dw_ptr is not None:
+        tl.store(dw_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(dw, 0), mask=mask_n)
+        tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
 
 
 @torch.library.custom_op("gpt2::add_layer_norm_fwd", mutates_args=())
@@ -149,23 +151,26 @@ def _(x, residual, weight, bias, seed, eps, dropout_p):
 
 @torch.library.custom_op("gpt2::add_layer_norm_bwd", mutates_args=())
 def add_layer_norm_bwd(
-    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None, dropout_p: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy, dh: (..., N) any strides -> dresidual: (..., N) contiguous; dx: alike or (0,) if no dropout; dw, db: (N,)."""
+    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    seed: Tensor | None, dropout_p: float, need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dy, dh: (..., N) any strides -> dresidual: (..., N) contiguous; dx: alike, or (0,) if no dropout; dw, db: (N,),
+    or (0,) if unneeded.
+    """
     dy_rows, dh_rows = as_rows(dy), as_rows(dh)
     M, N = dy_rows.shape
     dresidual = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     dx = torch.empty(h.shape if seed is not None else (0,), dtype=h.dtype, device=h.device)
     BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=2048, per_thread=8)
     programs = min(triton.cdiv(M, BLOCK_M), 2 * sm_count(h.device))
-    dw = torch.empty((programs, N), dtype=torch.float32, device=h.device)
+    dw = torch.empty((programs, N if need_dw else 0), dtype=torch.float32, device=h.device)
     db = torch.empty_like(dw)
     launch(
         _add_layer_norm_bwd_kernel, (programs,),
         dy_rows,                                                        # (M, N)
         dh_rows,                                                        # (M, N)
         (h, weight.contiguous(), mean, rstd),                           # (M, N), (N,), (M,), (M,)
-        (dresidual, dx, dw, db),                                        # (M, N) twice, (programs, N) twice
+        (dresidual, dx, *((dw, db) if need_dw else (None, None))),      # (M, N) twice, (programs, N) twice
         dy_rows.stride(), dh_rows.stride(), M, N,
         (seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),  # seed: ()
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
@@ -174,8 +179,8 @@ def add_layer_norm_bwd(
 
 
 @add_layer_norm_bwd.register_fake
-def _(dy, dh, h, weight, mean, rstd, seed, dropout_p):
-    dw, db = (weight.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
+def _(dy, dh, h, weight, mean, rstd, seed, dropout_p, need_dw):
+    dw, db = (weight.new_empty(weight.shape if need_dw else 0, dtype=torch.float32) for _ in range(2))
     return h.new_empty(h.shape), h.new_empty(h.shape if seed is not None else (0,)), dw, db
 
 
@@ -191,9 +196,10 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, dh, _dmean, _drstd):
     h, weight, mean, rstd, seed = ctx.saved_tensors
     dy, dh = (torch.zeros_like(h) if g is None else g for g in (dy, dh))  # only one is used at the ends of a model
-    dresidual, dx, dw, db = add_layer_norm_bwd(dy, dh, h, weight, mean, rstd, seed, ctx.dropout_p)
-    dbias = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
-    return dresidual if seed is None else dx, dresidual, dw.to(weight.dtype), dbias, None, None, None
+    need_dw, need_db = ctx.needs_input_grad[2:4]
+    dresidual, dx, dw, db = add_layer_norm_bwd(dy, dh, h, weight, mean, rstd, seed, ctx.dropout_p, need_dw or need_db)
+    daffine = dw.to(weight.dtype) if need_dw else None, db.to(ctx.bias_dtype) if need_db else None
+    return dresidual if seed is None else dx, dresidual, *daffine, None, None, None
 
 
 add_layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -74,7 +74,7 @@ def _bias_gelu_fwd_kernel(
 
 @triton.jit
 def _bias_gelu_bwd_kernel(
-    dy_ptr, x_ptr, b_ptr, dx_ptr, db_ptr,  # dy, x, dx: (M, N)  b: (N,) or None  db: (programs, N) float32 partial sums
+    dy_ptr, x_ptr, b_ptr, dx_ptr, db_ptr,  # dy, x, dx: (M, N)  b: (N,) or None  db: (programs, N) float32 sums or None
     stride_dy, stride_x, M, N, TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -95,10 +95,10 @@ def _bias_gelu_bwd_kernel(
             h += b[None, :]
         dx = dy * _gelu_gradient(h, TANH)
         tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if b_ptr is not None:
+        if db_ptr is not None:
             db += dx
         offs_m += tl.num_programs(0) * BLOCK_M
-    if b_ptr is not None:
+    if db_ptr is not None:
         tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
 
 
@@ -125,21 +125,21 @@ def _(x, bias, approximate):
 
 
 @torch.library.custom_op("gpt2::bias_gelu_bwd", mutates_args=())
-def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
-    """dy, x: (..., N) any strides -> dx: (..., N) contiguous x.dtype, db: (N,) float32, (0,) without a bias."""
+def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, need_db: bool) -> tuple[Tensor, Tensor]:
+    """dy, x: (..., N) any strides -> dx: (..., N) contiguous x.dtype, db: (N,) float32, (0,) if unneeded."""
     rows, dy_rows = as_rows(x), as_rows(dy)
     M, N = rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     columns = triton.cdiv(N, _BLOCK_N)
     programs = min(triton.cdiv(M, _BLOCK_M), triton.cdiv(8 * sm_count(x.device), max(1, columns)))
-    db = torch.empty((programs, 0 if bias is None else N), dtype=torch.float32, device=x.device)
+    db = torch.empty((programs, N if need_db else 0), dtype=torch.float32, device=x.device)
     launch(
         _bias_gelu_bwd_kernel, (programs, columns),
         dy_rows,                                        # (M, N)
         rows,                                           # (M, N)
         None if bias is None else bias.contiguous(),    # (N,)
         dx,                                             # (M, N)
-        db,                                             # (programs, N)
+        db if need_db else None,                        # (programs, N)
         dy_rows.stride(), rows.stride(), M, N,
         TANH=approximate == "tanh", BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=_WARPS,
     )  # fmt: skip
@@ -147,8 +147,8 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) 
 
 
 @bias_gelu_bwd.register_fake
-def _(dy, x, bias, approximate):
-    return x.new_empty(x.shape), x.new_empty(0 if bias is None else x.shape[-1], dtype=torch.float32)
+def _(dy, x, bias, approximate, need_db):
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if need_db else 0, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -159,8 +159,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy):
     x, bias = ctx.saved_tensors
-    dx, db = bias_gelu_bwd(dy, x, bias, ctx.approximate)
-    return dx, None if bias is None else db.to(bias.dtype), None
+    need_db = ctx.needs_input_grad[1]
+    dx, db = bias_gelu_bwd(dy, x, bias, ctx.approximate, need_db)
+    return dx, db.to(bias.dtype) if need_db else None, None
 
 
 bias_gelu_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -77,7 +77,7 @@ def _layer_norm_fwd_kernel(
 def _layer_norm_bwd_kernel(
     dy_ptr, x_ptr, w_ptr,  # dy, x: (M, N)  w: (N,)
     statistics,            # mean, rstd: (M,)
-    gradients,             # dx: (M, N)  dw, db: (programs, N) float32 partial sums
+    gradients,             # dx: (M, N)  dw, db: (programs, N) float32 sums, or None
     stride_dy, stride_x, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     mean_ptr, rstd_ptr = statistics
@@ -102,11 +102,13 @@ def _layer_norm_bwd_kernel(
 
         dx, xhat = normalize_gradient(dy, x, w, mean, rstd, mask, N)
         tl.store(dx_ptr + offs_m[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        dw += dy * xhat
-        db += dy
+        if dw_ptr is not None:
+            dw += dy * xhat
+            db += dy
         offs_m += tl.num_programs(0) * BLOCK_M
-    tl.store(dw_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(dw, 0), mask=mask_n)
-    tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
+    if dw_ptr is not None:
+        tl.store(dw_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(dw, 0), mask=mask_n)
+        tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
 
 
 @torch.library.custom_op("gpt2::layer_norm_fwd", mutates_args=())
@@ -139,14 +141,16 @@ def _(x, weight, bias, eps):
 
 
 @torch.library.custom_op("gpt2::layer_norm_bwd", mutates_args=())
-def layer_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dy, x: (..., N) any strides; mean, rstd: (M,) -> dx: like x, contiguous; dw, db: (N,) float32."""
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, need_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, x: (..., N) any strides; mean, rstd: (M,) -> dx: like x, contiguous; dw, db: (N,) float32, or (0,)."""
     rows, dy_rows = as_rows(x), as_rows(dy)
     M, N = rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=2048)
     programs = min(triton.cdiv(M, BLOCK_M), 2 * sm_count(x.device))
-    dw = torch.empty((programs, N), dtype=torch.float32, device=x.device)
+    dw = torch.empty((programs, N if need_dw else 0), dtype=torch.float32, device=x.device)
     db = torch.empty_like(dw)
     launch(
         _layer_norm_bwd_kernel, (programs,),
@@ -154,7 +158,7 @@ def layer_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Te
         rows,                   # (M, N)
         weight.contiguous(),    # (N,)
         (mean, rstd),           # (M,) each
-        (dx, dw, db),           # (M, N), (programs, N) twice
+        (dx, *((dw, db) if need_dw else (None, None))),  # (M, N), (programs, N) twice
         dy_rows.stride(), rows.stride(), M, N,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
     )  # fmt: skip
@@ -162,8 +166,9 @@ def layer_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Te
 
 
 @layer_norm_bwd.register_fake
-def _(dy, x, weight, mean, rstd):
-    return x.new_empty(x.shape), *(weight.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
+def _(dy, x, weight, mean, rstd, need_dw):
+    dw, db = (weight.new_empty(weight.shape if need_dw else 0, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), dw, db
 
 
 def _setup_context(ctx, inputs, output):
@@ -177,8 +182,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy, _dmean, _drstd):
     x, weight, mean, rstd = ctx.saved_tensors
-    dx, dw, db = layer_norm_bwd(dy, x, weight, mean, rstd)
-    return dx, dw.to(weight.dtype), None if ctx.bias_dtype is None else db.to(ctx.bias_dtype), None
+    need_dw, need_db = ctx.needs_input_grad[1:3]
+    dx, dw, db = layer_norm_bwd(dy, x, weight, mean, rstd, need_dw or need_db)
+    return dx, dw.to(weight.dtype) if need_dw else None, db.to(ctx.bias_dtype) if need_db else None, None
 
 
 layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)

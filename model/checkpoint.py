@@ -1,9 +1,10 @@
 """Checkpoints: a folder per step, safetensors and JSON, written so that a crash at any byte leaves the last one intact.
 
     RUN/checkpoints/step-00000100/
-        model.safetensors       parameters by name, the tied weight once
+        model.safetensors       parameters by name, the tied weight once; or, of a run with --lora-rank,
+        adapter_model.safetensors, adapter_config.json      its adapters alone, in PEFT's format (model/lora.py)
         optimizer.safetensors   SLOT/NAME
-        ema.safetensors         averages of the parameters by name, if the run keeps them
+        ema.safetensors         averages of the trained parameters by name, if the run keeps them
         trainer.safetensors     small tensors of the trainer
         state.json              format version, step, best validation loss, configuration, size and SHA-256 of each file
         validation.json         the validation loss of these parameters, once it is measured
@@ -22,6 +23,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,9 @@ from model.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2
 STATE, VALIDATION = "state.json", "validation.json"
-Parts = dict[str, dict[str, Tensor]]  # "model", "optimizer", "ema", "trainer" -> tensors by name
+ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"  # files that PEFT knows
+PEFT_PREFIX = "base_model.model."  # of the names in the former
+Parts = dict[str, dict[str, Tensor]]  # "model" or ADAPTER, "optimizer", "ema", "trainer" -> tensors by name
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Checkpoint:
     """A verified checkpoint.
 
     state: step, val_loss (of these parameters; None if not measured), best_val_loss (the lowest of the run so far, or
-    None), elapsed_s, config, model (of GPTConfig), and details of a failure.
+    None), elapsed_s, config, model (of GPTConfig), lora (see `save`), and details of a failure.
     parts: on the CPU, memory-mapped; changing a tensor does not change its file.
     """
 
@@ -74,13 +78,16 @@ def save(
     best_val_loss: float | None,
     elapsed_s: float,
     keep_last: int = 2,
+    lora: dict[str, Any] | None = None,
 ) -> Path:
     """Write RUN/checkpoints/step-... atomically, then delete all but the last `keep_last` and the best.
 
     step: updates done so far. best_val_loss: the lowest before; record_validation adds the loss of these parameters.
+    lora: of adapters {"base": what they adapt, "peft": the content of adapter_config.json}.
     Raises OSError, and leaves the other checkpoints as they are, if the disk is full or not writable.
     """
     state = {"best_val_loss": best_val_loss, "elapsed_s": elapsed_s, "config": config, "model": model.to_dict()}
+    state |= {"lora": lora} if lora else {}
     folder = _write_checkpoint(run / "checkpoints", step, parts, state)
     _prune(folder.parent, step, keep_last)
     return folder
@@ -97,13 +104,21 @@ def record_validation(run: Path, step: int, val_loss: float, keep_last: int = 2)
 
 
 def save_failure(
-    run: Path, step: int, parts: Parts, *, config: dict[str, Any], model: GPTConfig, details: dict[str, Any]
+    run: Path,
+    step: int,
+    parts: Parts,
+    *,
+    config: dict[str, Any],
+    model: GPTConfig,
+    details: dict[str, Any],
+    lora: dict[str, Any] | None = None,
 ) -> Path:
     """Write RUN/failed/step-...: the state before a step that went wrong. Never pruned, never "last" or "best".
 
     step: updates done before it. details: what else is needed to repeat the step, JSON-serialisable.
     """
     state = {"best_val_loss": None, "elapsed_s": 0.0, "config": config, "model": model.to_dict(), "details": details}
+    state |= {"lora": lora} if lora else {}
     return _write_checkpoint(run / "failed", step, parts, state)
 
 
@@ -124,7 +139,10 @@ def load(run: Path, name: str = "last", *, weights_only: bool = False) -> Checkp
             prefix = "failed/" if folder.parent.name == "failed" else ""
             advice = f"the one before it is intact: use --checkpoint {prefix}{intact.name}"
         raise UserError(f"{error}\n{advice}") from None
-    return Checkpoint(folder, state, {path.stem: safetensors.torch.load_file(path) for path in paths})
+    parts = {path.stem: safetensors.torch.load_file(path) for path in paths}
+    if ADAPTER in parts:
+        parts[ADAPTER] = {name.removeprefix(PEFT_PREFIX): t for name, t in parts[ADAPTER].items()}
+    return Checkpoint(folder, state, parts)
 
 
 def load_model(
@@ -132,12 +150,21 @@ def load_model(
 ) -> tuple[GPT, Tokenizer]:
     """The model of a run, with the averages if there are any, in evaluation mode, and its tokenizer.
 
-    UserError if the tokenizer is not that of the run's tokens, or has another number of ids than the model.
+    UserError if the tokenizer is not that of the run's tokens, or has another number of ids than the model; and for a
+    run that trained adapters, which `model.lora.load_model` opens.
     """
-    checkpoint = load(run, name, weights_only=True)
+    return open_model(run, load(run, name, weights_only=True), device, dtype=dtype)
+
+
+def open_model(
+    run: Path, checkpoint: Checkpoint, device: str | torch.device = "cpu", *, dtype: torch.dtype = torch.float32
+) -> tuple[GPT, Tokenizer]:
+    """`load_model` from a checkpoint that has been read, of the weights only."""
+    if checkpoint.state.get("lora"):
+        raise UserError(f"{run} holds adapters: merge them first, python -m model.lora merge {run} DIR")
     config = GPTConfig.from_dict(checkpoint.state["model"])
     check_model(checkpoint, config)
-    tokenizer = _own_tokenizer(run, config)
+    tokenizer = own_tokenizer(run, config)
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         model = GPT(config, dtype=dtype)
     (weights,) = checkpoint.parts.values()
@@ -145,7 +172,15 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _own_tokenizer(run: Path, config: GPTConfig) -> Tokenizer:
+def read_state(run: Path, name: str = "best") -> dict[str, Any]:
+    """The state of a checkpoint, without reading its tensors. UserError as for `load`."""
+    try:
+        return _read_state(_find(run, name)[0])
+    except CorruptCheckpoint as error:
+        raise UserError(f"{error}\nuse another --checkpoint") from None
+
+
+def own_tokenizer(run: Path, config: GPTConfig) -> Tokenizer:
     """The tokenizer of a run, compared with the run's tokens and its model."""
     folder, data = run / "tokenizer", run / "data"
     tokenizer = load_tokenizer(folder)
@@ -157,11 +192,16 @@ def _own_tokenizer(run: Path, config: GPTConfig) -> Tokenizer:
     return tokenizer
 
 
-def check_model(checkpoint: Checkpoint, config: GPTConfig) -> None:
-    """Raise UserError if the checkpoint is of another model; it names the first setting or tensor that differs."""
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    weights = [checkpoint.parts[part] for part in ("model", "ema") if part in checkpoint.parts]
+def check_model(checkpoint: Checkpoint, config: GPTConfig, trained: Mapping[str, Tensor] | None = None) -> None:
+    """Raise UserError if the checkpoint is of another model; it names the first setting or tensor that differs.
+
+    trained: the parameters that a checkpoint has, by name; all of GPT(config) by default.
+    """
+    if trained is None:
+        with torch.device("meta"):
+            trained = dict(GPT(config).named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in trained.items()}
+    weights = [checkpoint.parts[part] for part in ("model", ADAPTER, "ema") if part in checkpoint.parts]
     pairs = [({name: tuple(t.shape) for name, t in tensors.items()}, shapes) for tensors in weights]
     for saved, wanted in [(checkpoint.state["model"], config.to_dict()), *pairs]:
         for name in wanted | saved:
@@ -205,7 +245,7 @@ def _verify(folder: Path, *, weights_only: bool = False, hashes: bool = True) ->
     state = _read_state(folder)
     entries = state["files"]
     if weights_only:
-        weights = "ema.safetensors" if "ema.safetensors" in entries else "model.safetensors"
+        weights = next(f"{part}.safetensors" for part in ("ema", ADAPTER, "model") if f"{part}.safetensors" in entries)
         entries = {weights: entries[weights]}
     for name, entry in entries.items():
         path = folder / name
@@ -286,6 +326,8 @@ def _write_checkpoint(root: Path, step: int, parts: Parts, state: dict[str, Any]
     path = folder.with_name(f"{folder.name}-new") if folder.exists() else folder
     with files.new_folder(path, root / f"{files.TEMPORARY}{folder.name}", durable=True) as temporary:
         entries = {f"{part}.safetensors": write_tensors(temporary, part, tensors) for part, tensors in parts.items()}
+        if state.get("lora"):
+            files.write_file(temporary / ADAPTER_CONFIG, json.dumps(state["lora"]["peft"], indent=2), durable=True)
         content = _encode({"format": FORMAT, "step": step, **state, "files": entries})
         files.write_file(temporary / STATE, content, durable=True)
     _clean(root)
@@ -345,8 +387,8 @@ def write_tensors(
     folder: Path, part: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """Write PART.safetensors and flush it -> its size and SHA-256."""
-    path = folder / f"{part}.safetensors"
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    path, prefix = folder / f"{part}.safetensors", PEFT_PREFIX if part == ADAPTER else ""
+    tensors = {prefix + name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         safetensors.torch.save_file(tensors, path, metadata)
     except SafetensorError as error:  # the number of the system's error is only in its text

@@ -31,11 +31,11 @@ import torch
 import tyro
 
 from model import choices, data, quantize
-from model.checkpoint import load_model
 from model.cli import LiveLine, UserError, pick_device, run
 from model.data.loader import count_windows
 from model.data.shards import Tokens
 from model.gpt import GPT, IGNORE_INDEX
+from model.lora import load_model
 from model.quantize import Weights
 from model.tokenizer import Tokenizer
 from model.training import parallel
@@ -109,6 +109,7 @@ class EvaluateConfig:
     stride: int | None = None  # tokens from window to window; default: the context, so that windows do not overlap
     choices: Questions = None  # questions instead of a text, one {"ctx", "endings", "label"} a line, as HellaSwag's
     weights: Weights = "float32"  # measure the model with its matrices in this form too, and compare
+    adapter: Source = None  # adapter to merge into the weights first, of a run or made by PEFT
     checkpoint: str = "best"  # last, best (lowest validation loss), or a name such as step-00000100
     batch_size: int = 16  # windows, or endings, in memory at a time
     max_windows: int | None = None  # maximum windows to measure on, spread over the text
@@ -127,7 +128,7 @@ class EvaluateConfig:
 
 
 def main(cfg: EvaluateConfig) -> None:
-    model, tokenizer = load_model(cfg.run, pick_device(cfg.device), name=cfg.checkpoint)
+    model, tokenizer = load_model(cfg.run, pick_device(cfg.device), name=cfg.checkpoint, adapter=cfg.adapter)
     cfg.check(model.config.n_positions)
     measure = _measure_choices if cfg.choices else _measure_text
     measure(cfg, model, tokenizer)

@@ -2,6 +2,7 @@
 
     python -m model.generate runs/book --prompt "CHAPTER I. " --tokens 200 --temperature 0.8 --top-k 40 --seed 1
     python -m model.generate runs/book --prompts prompts.txt --samples 3 --top-p 0.9 --stop "THE END"
+    python -m model.generate runs/book --adapter runs/alice --adapter peft-folder
     python -m model.generate runs/book --interactive
 
 A prompt is read at once, then each step reads the ids drawn before: a cache holds keys and values (`model.decoder`).
@@ -27,12 +28,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from model.checkpoint import load_model
 from model.cli import UserError, pick_device, run
 from model.config import GPTConfig
 from model.data import books
 from model.decoder import Decoder
 from model.gpt import GPT
+from model.lora import load_model
 from model.quantize import Weights, avoid_amx, prepare
 from model.sampling import Sampling
 from model.tokenizer import Tokenizer
@@ -292,6 +293,7 @@ class GenerateConfig:
     ignore_end: bool = False  # write on after the end-of-text token
     logprobs: bool = False  # after each text, list its tokens with their log-probabilities
     weights: Weights = "float32"  # int8 and 16 bits take less memory, and are faster where the CPU or GPU has them
+    adapter: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()  # of a run or PEFT's; several write one after the other
     checkpoint: str = "best"  # last, best (lowest validation loss), or a name such as step-00000100
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
 
@@ -327,12 +329,22 @@ def main(cfg: GenerateConfig) -> None:
     prompts, sampling = _read_prompts(cfg), cfg.sampling
     if cfg.weights == "int8":
         avoid_amx()
-    model, tokenizer = load_model(cfg.run, pick_device(cfg.device), name=cfg.checkpoint)
-    prepare(model, cfg.weights)
-    TextStream(tokenizer, cfg.stop)  # refuses empty stop strings
-    if cfg.interactive:
-        _interact(cfg, model, tokenizer)
-        return
+    for adapter in cfg.adapter or [None]:
+        if len(cfg.adapter) > 1:
+            print(f"--- adapter {adapter}")
+        model, tokenizer = load_model(cfg.run, pick_device(cfg.device), name=cfg.checkpoint, adapter=adapter)
+        prepare(model, cfg.weights)
+        TextStream(tokenizer, cfg.stop)  # refuses empty stop strings
+        if cfg.interactive:
+            _interact(cfg, model, tokenizer)
+        else:
+            _write(cfg, model, tokenizer, _pages(cfg, sampling, prompts, model, tokenizer))
+
+
+def _pages(
+    cfg: GenerateConfig, sampling: Sampling, prompts: Sequence[str], model: GPT, tokenizer: Tokenizer
+) -> list[_Page]:
+    """The texts to write. UserError for a prompt that the model cannot read."""
     pages = []
     for (i, prompt), sample in itertools.product(enumerate(prompts), range(cfg.samples)):
         header = _header(i, len(prompts), sample, cfg.samples, sampling)
@@ -342,7 +354,7 @@ def main(cfg: GenerateConfig) -> None:
         except UserError as error:
             raise UserError(f"prompt {i + 1}: {error}" if len(prompts) > 1 else str(error)) from None
         pages.append(page)
-    _write(cfg, model, tokenizer, pages)
+    return pages
 
 
 def _read_prompts(cfg: GenerateConfig) -> list[str]:
@@ -357,6 +369,8 @@ def _read_prompts(cfg: GenerateConfig) -> list[str]:
         raise UserError(f"{' and '.join(name for name in given if given[name])} exclude each other: give one of them")
     if cfg.interactive and cfg.samples > 1:
         raise UserError("--interactive writes one text for each prompt: omit --samples")
+    if cfg.interactive and len(cfg.adapter) > 1:
+        raise UserError("--interactive writes with one adapter: give --adapter once")
     if cfg.prompt_file is not None:
         prompts = [_read_file(cfg.prompt_file).removesuffix("\n")]
     elif cfg.prompts is not None:

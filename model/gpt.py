@@ -128,11 +128,16 @@ class GPT(nn.Module):
         """Keep a copy of each matrix of the blocks in `dtype`, which `refresh_working_weights` updates.
 
         A cast at each use would read every float32 weight in every forward pass. Does nothing in float32. The copies
-        are not in parameters() or state_dict(); gradients go to the float32 parameters, in float32.
+        are not in parameters() or state_dict(); gradients go to the float32 parameters, in float32. A frozen matrix
+        itself is put in `dtype`: no update will need more.
         """
         if self.dtype != torch.float32:
             for linear in self._linears():
-                linear.working = linear.weight.detach().to(self.dtype)
+                weight = linear.weight.detach().to(self.dtype)
+                if linear.weight.requires_grad:
+                    linear.working = weight
+                else:
+                    linear.weight.data = weight
 
     @torch.no_grad()
     def refresh_working_weights(self) -> None:

@@ -248,6 +248,44 @@ def test_opcheck(name, device):
         torch.library.opcheck(op, given)
 
 
+class _Gradients(TorchDispatchMode):
+    """Counts the elements that our backward operators return."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "gpt2" and "_bwd" in func.__name__:
+            self.n += sum(t.numel() for t in (result if isinstance(result, tuple) else (result,)))
+        return result
+
+
+@pytest.mark.parametrize("frozen", [("bias",), ("weight",), ("weight", "bias")], ids="+".join)
+@pytest.mark.parametrize("name", ["bias_gelu", "layer_norm", "add_layer_norm", "linear_cross_entropy"])
+def test_frozen_parameters_get_no_gradient(name, frozen, device):
+    """Nor is one computed, where all of a kernel's are frozen; the other gradients keep their bits."""
+    spec = SPECS[name]
+    inputs = spec.inputs(few_rows(spec.cases[0]), torch.float32, device)
+    if name == "add_layer_norm":
+        inputs["dropout_p"] = 0.0  # then x and the residual have one gradient
+    parameters = [key for key in ("weight", "bias") if key in spec.grads]
+
+    def gradients(frozen):
+        leaves = {key: inputs[key].detach().requires_grad_(key not in frozen) for key in spec.grads}
+        with use_backend("triton"):
+            y = spec.fn(**inputs | leaves)
+            y = y if isinstance(y, torch.Tensor) else y[0]
+            with _Gradients() as counted:
+                (y * torch.arange(1, y.numel() + 1, device=device).view_as(y)).sum().backward()
+        return {key: leaf.grad for key, leaf in leaves.items()}, counted.n
+
+    (every, _), (some, n) = gradients(()), gradients(frozen)
+    for key in spec.grads:
+        assert some[key] is None if key in frozen else some[key].equal(every[key]), key
+    if set(parameters) <= set(frozen):
+        assert n == every["x"].numel()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_without_a_graph_break(name, device):
     spec = SPECS[name]

@@ -18,6 +18,7 @@ from kernels._triton import INTERPRET
 from kernels.linear_cross_entropy import SCRATCH_BYTES, chunk_rows
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT, num_parameters
+from model.lora import LoraConfig, add
 from model.training import memory as step_memory
 from model.training import optim
 from model.training.flops import PEAK_TFLOPS, flops_per_token, mfu, parameters, peak_flops
@@ -262,6 +263,67 @@ def test_peak_of_a_training_step_by_option(shape, dtype, dropout, options, micro
     assert predicted.peak - _held(predicted) == pytest.approx(measured - _held(predicted), rel=0.02)
 
 
+LORA = {
+    "all": LoraConfig(4),
+    "dropped": LoraConfig(4, dropout=0.1),
+    "c_attn": LoraConfig(8, targets=("c_attn",)),
+    "attn.c_proj": LoraConfig(4, targets=("attn.c_proj",)),
+    "mlp": LoraConfig(4, targets=("c_fc", "mlp.c_proj")),
+    "mlp.c_proj": LoraConfig(4, targets=("mlp.c_proj",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "lora", "dtype", "dropout", "options", "micro_steps"),
+    [
+        ("loss, backward", "all", torch.float32, False, {}, 1),
+        ("loss, forward, in two chunks", "c_attn", torch.float16, False, {}, 1),
+        ("loss, forward, in two chunks", "all", torch.float32, True, AGAIN, 1),
+        ("gelu of the last block", "all", torch.float32, False, MUON, 2),
+        ("gelu of the last block", "all", torch.float16, False, AGAIN, 1),
+        ("gelu of the last block", "mlp.c_proj", torch.float32, True, {}, 1),
+        ("gelu of the last block", "c_attn", torch.float32, False, AGAIN, 1),
+        ("gelu of the first block", "attn.c_proj", torch.float32, False, {}, 1),
+        ("gelu of the first block", "mlp", torch.float16, True, {"ema": True}, 1),
+        ("end", "all", torch.float16, False, MUON, 1),
+        ("attention", "all", torch.float32, True, {}, 1),
+        ("attention", "dropped", torch.float32, False, {}, 2),
+        ("mask", "all", torch.float32, True, AGAIN, 1),
+        ("mask", "dropped", torch.float16, True, {"ema": True}, 1),
+    ],
+)
+def test_peak_of_a_step_that_trains_adapters(shape, lora, dtype, dropout, options, micro_steps):
+    V, C, layers, batch, context, bias = (SHAPES | MORE_SHAPES)[shape]
+    config = replace(_config(V, C, layers, context, bias), **(DROPOUT if dropout else {}))
+    options = {**options, "lora": LORA[lora]}
+    predicted = predict(config, batch, context, dtype, "eager", card=0, accumulate=micro_steps > 1, **options)
+    measured = step_peak(config, batch, context, dtype, "eager", CPU, micro_steps=micro_steps, **options)
+    measured -= (micro_steps - 1) * 2 * 8 * batch * context  # tokens of the others
+    assert predicted.peak - _held(predicted) == pytest.approx(measured - _held(predicted), rel=0.02)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("lora", LORA.values(), ids=LORA)
+def test_predicted_activations_of_adapters_are_what_autograd_saves(lora, recompute):
+    config = _config(300, 32, 2, 16, bias=True)
+    model = add(GPT(config), lora)
+    model.recompute = recompute
+    idx = torch.randint(300, (2, 16))
+    model(idx, idx)
+    kept = levels(lambda: model(idx, idx)[1], CPU)[1] + 2 * idx.nbytes - 4
+    assert predict(config, 2, 16, torch.float32, "eager", card=0, recompute=recompute, lora=lora).activations == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["all", "c_attn"])
+def test_peak_of_a_step_that_trains_adapters_with_kernels(lora, runs):
+    runs("triton")
+    config, options = _config(40, 32, 2, 16, bias=True), {"lora": LORA[lora]}
+    predicted = predict(config, 2, 16, torch.float32, card=0, **options)
+    measured = step_peak(config, 2, 16, torch.float32, "triton", CPU, **options)
+    assert predicted.peak - _held(predicted) == pytest.approx(measured - _held(predicted), rel=0.02)
+
+
 @pytest.mark.slow
 def test_recompute_keeps_the_residual_stream_until_the_loss(runs):
     runs("triton")
@@ -312,16 +374,18 @@ def test_peak_of_a_training_step_on_a_gpu(backend, dtype, options, device):
         assert predicted.peak == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(4)], ids=["whole", "adapters"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_persistent_parts_are_what_a_run_holds(kind):
+def test_persistent_parts_are_what_a_run_holds(kind, lora):
     model = GPT(_config(300, 32, 2, 16, bias=True), torch.bfloat16)
+    model = add(model, lora) if lora else model
     model.keep_working_weights()
     optimizers = optim.build(model, kind=kind, betas=(0.9, 0.95), weight_decay=0.1)
     model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64))[1].backward()
-    needs = predict(model.config, 1, 4, torch.bfloat16, optimizer=kind, ema=True)
+    needs = predict(model.config, 1, 4, torch.bfloat16, optimizer=kind, ema=True, lora=lora)
     assert needs.parameters == sum(p.nbytes for p in model.parameters())
-    assert needs.working == sum(buffer.nbytes for buffer in model.buffers()) > 0
-    assert needs.gradients == sum(p.grad.nbytes for p in model.parameters())
+    assert needs.working == sum(buffer.nbytes for buffer in model.buffers()) and (needs.working > 0) == (lora is None)
+    assert needs.gradients == sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)
     state = optim.optimizer_state(optimizers, model).items()
     assert needs.optimizer == sum(t.nbytes for name, t in state if not name.startswith("step/"))
     assert needs.ema == sum(t.nbytes for t in optim.EMA(model, 0.9).tensors.values())

@@ -35,12 +35,18 @@ class Diverged(UserError):
 
 
 def stop_diverged(
-    step: Step, cfg: TrainConfig, run: Path, tokens: Tokens, batch: tuple[range, int], parts: checkpoint.Parts
+    step: Step,
+    cfg: TrainConfig,
+    run: Path,
+    tokens: Tokens,
+    batch: tuple[range, int],
+    parts: checkpoint.Parts,
+    lora: dict[str, Any] | None,
 ) -> NoReturn:
     """End the run on every process, after saving what reproduces the step that must not reach the weights.
 
     tokens: of training. batch: this process's rows of a step, and how many a micro-step takes. parts: the state before
-    that step, whole in rank 0.
+    that step, whole in rank 0. lora: as for checkpoint.save.
     """
     number, world, (rows, micro_batch) = int(step.guard.bad_step), step.world, batch
     idx_targets = data.get_batch(tokens, context=cfg.context, seed=cfg.seed, step=number - 1, rows=rows)
@@ -57,8 +63,8 @@ def stop_diverged(
     }
     if world.rank > 0:
         raise SystemExit(Diverged.exit_code)
-    config = step.model.config
-    failure = checkpoint.save_failure(run, number - 1, parts, config=cfg.run_options(), model=config, details=details)
+    options, config = cfg.run_options(), step.model.config
+    failure = checkpoint.save_failure(run, number - 1, parts, config=options, model=config, details=details, lora=lora)
     raise Diverged(
         f"{problem} at step {number}: the run has ended, and the weights are those before it",
         run,

@@ -18,7 +18,7 @@ def parameters(config: GPTConfig) -> int:
     return (config.vocab_size + config.n_positions) * C + config.n_layer * (weights + biases + 2 * norm) + norm
 
 
-def flops_per_token(config: GPTConfig, context: int) -> int:
+def flops_per_token(config: GPTConfig, context: int, *, frozen: bool = False) -> int:
     """Floating-point operations of one training step (forward and backward) per token of a `context`-token sequence.
 
         6 * N + 12 * n_layer * n_embd * context
@@ -26,10 +26,10 @@ def flops_per_token(config: GPTConfig, context: int) -> int:
     The formula of PaLM's appendix B (Chowdhery et al. 2022, arXiv 2204.02311), as nanoGPT counts it: N leaves out the
     position table, which is only looked up, and keeps the token table, which is the output head's weight; attention
     counts in full, although a causal kernel computes about half of it. Published MFU figures are counted this way.
-    855,166,464 for gpt2 at 1024.
+    855,166,464 for gpt2 at 1024. frozen: no gradients of the parameters, 4 * N; adapters are not counted.
     """
     matmul_parameters = parameters(config) - config.n_positions * config.n_embd
-    return 6 * matmul_parameters + 12 * config.n_layer * config.n_embd * context
+    return (4 if frozen else 6) * matmul_parameters + 12 * config.n_layer * config.n_embd * context
 
 
 # Dense tensor-core peaks in TFLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture white papers
@@ -85,9 +85,11 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float | None:
     return None
 
 
-def mfu(tokens_per_second: float, config: GPTConfig, context: int, peak: float | None) -> float:
+def mfu(
+    tokens_per_second: float, config: GPTConfig, context: int, peak: float | None, *, frozen: bool = False
+) -> float:
     """Model FLOPs utilisation: flops_per_token * tokens_per_second as a fraction of `peak` FLOP/s; nan without a peak.
 
     For several GPUs give the tokens per second of one of them, or the sum of their peaks.
     """
-    return flops_per_token(config, context) * tokens_per_second / peak if peak else float("nan")
+    return flops_per_token(config, context, frozen=frozen) * tokens_per_second / peak if peak else float("nan")

@@ -84,7 +84,10 @@ class Log:
         """Log a step. skipped: steps of the run that were skipped so far."""
         step_s = (time.perf_counter() - self.clock) / (step - self.clock_step)
         tok_per_s = self.tokens_per_step / step_s
-        share = mfu(tok_per_s, self.config, self.cfg.context, self.peak_flops) if self.peak_flops else None
+        share = None
+        if self.peak_flops:
+            frozen = self.cfg.lora is not None
+            share = mfu(tok_per_s, self.config, self.cfg.context, self.peak_flops, frozen=frozen)
         self._write(
             step,
             loss=loss,

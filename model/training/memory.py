@@ -19,6 +19,7 @@ from kernels._backend import device_problem
 from kernels.linear_cross_entropy import SCRATCH_BYTES
 from model.cli import UserError
 from model.config import GPTConfig
+from model.lora import LoraConfig
 from model.training.flops import parameters
 from model.training.options import TrainConfig
 from model.training.parallel import World
@@ -124,6 +125,7 @@ class MemoryModel:
     context: tokens of a sequence. card: bytes of the GPU's memory, which bound the chunk of logits: from 64 GiB on
     nothing changes; 0 for a CPU. accumulate: gradients exist throughout, those of earlier micro-steps or DDP's buckets.
     graph: the step is a CUDA graph, which keeps its memory, so that an evaluation in the same batches comes on top.
+    lora: adapters are trained and all else is frozen; see `_LoraStep`.
     FSDP, where processes share parameters and state, needs less than is predicted.
     """
 
@@ -137,28 +139,28 @@ class MemoryModel:
     recompute: bool = False
     accumulate: bool = False
     graph: bool = False
+    lora: LoraConfig | None = None
 
     def predict(self, batch: int) -> Memory:
         """Micro-steps of (batch, context) tokens."""
-        step = _Step(self, batch)
+        step = _LoraStep(self, batch) if self.lora else _Step(self, batch)
         moments = [step.activations + step.loss_passes, *step.block_moments(), *step.end_moments()]
         highest = max(moments) + (step.gradients if self.accumulate else 0)
         states, scratch = 2 * step.gradients, 0
         if self.optimizer == "muon":
-            states -= step.matrices
-            # Three stacks of queries, keys and values, and two of their squares; in 16 bits on GPUs with bfloat16.
-            C, bytes_each = self.config.n_embd, 2 if self.card and self.dtype == torch.bfloat16 else 4
-            scratch = 15 * self.config.n_layer * C * C * bytes_each
+            states -= step.muon_matrices
+            # In 16 bits on GPUs with bfloat16.
+            scratch = step.muon_scratch() * (2 if self.card and self.dtype == torch.bfloat16 else 4)
         highest = max(highest, 2 * step.ids + step.gradients + scratch)
         if self.graph:
             highest += step.evaluation()
         return Memory(
-            parameters=step.gradients,
+            parameters=step.parameters,
             gradients=step.gradients,
             optimizer=states,
             activations=step.activations,
             workspace=highest - step.activations,
-            working=step.matrices // 4 * step.copy,
+            working=step.working,
             ema=step.gradients if self.ema else 0,
         )
 
@@ -209,7 +211,8 @@ class _Step:
         self.copy = self.size if model.dtype != torch.float32 else 0  # of one element of a weight's copy
         self.row, self.ids = self.M * self.C * self.size, self.M * 8
         self.table, self.matrices = self.V * self.C * 4, 12 * self.C * self.C * self.L * 4
-        self.gradients = parameters(self.config) * 4
+        self.parameters = self.gradients = parameters(self.config) * 4
+        self.working, self.muon_matrices = self.matrices // 4 * self.copy, self.matrices
         self.loss, self.loss_passes, self.table_gradients = self._loss()
         self.attention, self.attention_moment = self._attention()
         C, M = self.C, self.M
@@ -223,6 +226,10 @@ class _Step:
         self.embedding = self.ids + (M * C * (1 if self.card else self.size) if self.config.embd_pdrop else 0)
         stream = self.row if model.recompute else 0
         self.activations = self.embedding + self.L * self.saved + norm - stream + self.loss
+
+    def muon_scratch(self) -> int:
+        """Elements: three stacks of queries, keys and values, the most of one shape, and two of their squares."""
+        return 15 * self.L * self.C * self.C
 
     def _loss(self) -> tuple[int, int, int]:
         """What the loss saves, what its passes need beyond the activations, and gradients of the table at the end."""
@@ -301,6 +308,119 @@ class _Step:
         return min(self.M, -(-self.M // (64 * chunks)) * 64) * row_bytes
 
 
+class _LoraStep(_Step):
+    """The same of a step that trains adapters of rank r, where it differs. Frozen matrices are kept in `dtype` alone.
+
+    A frozen parameter's product saves no input, its LayerNorm and the embedding nothing but what their own inputs'
+    gradients need, and the loss no gradient of the table. Beside each matrix with an adapter: its input, which
+    attention saves as its output anyway, A x, and in 16 bits A and B. With --lora-dropout the input after it, and a
+    mask. Up to the first adapter nothing is saved: no gradient goes further back. Moments that remain:
+
+        loss              as in MemoryModel, without the table
+        mlp, backward     the gradients of mlp.c_proj's input, 4, through the matrix, through the adapter, and their
+                          sum; or, without an adapter there, those of the gelu's output and input
+        mlp, forward      with --lora-dropout: inputs and outputs that exist without being saved
+        mask, attention   as in MemoryModel
+        update            all gradients, and Muon's scratch
+    """
+
+    def __init__(self, model: MemoryModel, batch: int) -> None:
+        super().__init__(model, batch)
+        C, M, row, lora = self.C, self.M, self.row, model.lora
+        assert lora is not None
+        self.shapes = {
+            "attn.c_attn": (C, 3 * C),
+            "attn.c_proj": (C, C),
+            "mlp.c_fc": (C, 4 * C),
+            "mlp.c_proj": (4 * C, C),
+        }
+        self.targets = [name for name in self.shapes if lora.is_target(f".{name}")]
+        sizes = {name: lora.rank * sum(self.shapes[name]) for name in self.targets}  # elements of A and B
+        self.gradients = self.muon_matrices = 4 * self.L * sum(sizes.values())
+        self.parameters += self.gradients - self.matrices // 4 * (4 - self.size)
+        self.working = 0
+        norm = row + 2 * M * 4 + (1 + bool(self.config.bias)) * C * (self.copy if self.eager else 0)
+        self.noise = noise = (1 if self.card else self.size) * bool(lora.dropout)
+        self.mlp_gradients = 4 * sizes.get("mlp.c_proj", 0)
+        # What writes the probabilities out does not save attention's output.
+        writes_out = self.eager and self.config.attn_pdrop and (model.recompute or not self.card)
+
+        def adapter(name: str) -> int:
+            """What is saved of a product beside its matrix."""
+            if name not in sizes:
+                return 0
+            n_in = self.shapes[name][0]
+            kept = name == "attn.c_proj" and not lora.dropout and not writes_out  # as the output of attention
+            return M * (n_in * (self.size * (not kept) + noise) + lora.rank * self.size) + sizes[name] * self.copy
+
+        self.mlp_saved = adapter("mlp.c_proj")
+        saved = {  # in the order of the forward pass
+            "ln_1": norm,
+            "attn.c_attn": adapter("attn.c_attn"),
+            "attention": self.attention + (0 if writes_out else row),
+            "attn.c_proj": adapter("attn.c_proj"),
+            "ln_2": self.mask + norm,
+            "mlp.c_fc": adapter("mlp.c_fc"),
+            "gelu": 4 * row,
+            "mlp.c_proj": self.mlp_saved,
+            "dropout": self.mask,
+        }
+        self.block = sum(saved.values())
+        self.first_block = sum([*saved.values()][[*saved].index(self.targets[0]) :])
+        if self.attention_moment and not model.recompute:
+            self.attention_moment -= 4 * 9 * C * C  # gradients of weights
+        n_in = self.shapes[self.targets[0]][0]
+        # The first adapter's input has no gradient: no mask, and no A in 16 bits.
+        self.first_block -= M * n_in * noise + lora.rank * n_in * self.copy
+        if self.targets[0] == "attn.c_proj" and not lora.dropout and not writes_out:
+            self.first_block += row  # attention's output, saved for A alone
+        if model.recompute:  # keeps both inputs of a block
+            other = row * ("attn.c_attn" not in sizes or bool(lora.dropout))
+            self.block, self.first_block = self.block + other, self.first_block + other + row
+        self.saved, self.first_saved = (2 * row, 2 * row) if model.recompute else (self.block, self.first_block)
+        end = 0 if model.recompute else norm  # of ln_f
+        self.activations = self.ids + self.first_saved + (self.L - 1) * self.saved + end + self.loss
+
+    def muon_scratch(self) -> int:
+        """As `_Step`'s, of the factors of one shape that take the most."""
+        counts: dict[tuple[int, int], int] = {}
+        r = self.model.lora.rank  # type: ignore[union-attr]
+        for name in self.targets:
+            for shape in ((r, self.shapes[name][0]), (self.shapes[name][1], r)):
+                counts[shape] = counts.get(shape, 0) + self.L
+        return max(n * (3 * R * C + 2 * min(R, C) ** 2) for (R, C), n in counts.items())
+
+    def _loss(self) -> tuple[int, int, int]:
+        M, V, C = self.M, self.V, self.C
+        if not self.fused_loss:
+            return self.ids + 4 * M * V + (V + -V % 128) * C * self.size, 8 * M * V, 0
+        inputs = 2 if self.model.recompute else 1
+        forward = self._scratch() + inputs * self.row + V * C * self.copy
+        return self.ids + self.row, max(forward, 8 * M * C if self.eager and self.copy else self.row), 0
+
+    def block_moments(self) -> list[int]:
+        """Backward through the blocks, without the gradients of earlier micro-steps."""
+        row, model, moments = self.row, self.model, []
+        adapts = "mlp.c_proj" in self.targets  # what it saved is freed, and the gradients of A and B are there
+        highest = 13 * row + self.mlp_gradients - self.mlp_saved if adapts else 9 * row
+        if self.noise:  # forward through mlp.c_proj: its input, both outputs, and those of ln_1 and ln_2
+            highest = max(highest, (7 if model.recompute else 8) * row)
+        for layer in range(self.L):
+            above = 0 if model.accumulate else (self.L - 1 - layer) * (self.gradients // self.L)
+            inputs = 2 * self.ids + above + (self.first_saved + (layer - 1) * self.saved if layer else 0)
+            whole = inputs + (self.block if layer else self.first_block) - self.mask
+            moments.append(whole + highest)
+            incoming = 1 if layer == self.L - 1 else 2
+            if model.recompute and self.mask:
+                moments.append(whole + (1 + incoming) * row + _MASK_BYTES * self.M * self.C)
+            if self.attention_moment:
+                moments.append(inputs + (2 + incoming) * row + self.attention_moment)
+        return moments
+
+    def end_moments(self) -> list[int]:
+        return []
+
+
 def _divisor(n: int, most: int) -> int:
     """The largest divisor of n up to `most`, 0 if there is none."""
     return next((divisor for divisor in range(min(n, most), 0, -1) if n % divisor == 0), 0)
@@ -336,6 +456,7 @@ def memory_model(cfg: TrainConfig, config: GPTConfig, world: World) -> tuple[Mem
         ema=cfg.ema > 0,
         recompute=cfg.recompute,
         graph=cfg.uses_graph(world),
+        lora=cfg.lora,
     )
     return model, limit
 

@@ -230,7 +230,7 @@ def load_optimizer_state(
 
 
 class EMA:
-    """The exponential moving average of a model's parameters: less noisy while the learning rate is high.
+    """The exponential moving average of a model's trained parameters: less noisy while the learning rate is high.
 
         average = d * average + (1 - d) * parameter,    d = min(decay, (1 + step) / (10 + step))
 
@@ -240,7 +240,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.tensors = {name: p.detach().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()

@@ -17,9 +17,10 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from model import config
+from model import config, lora
 from model.cli import UserError
 from model.config import GPTConfig
+from model.lora import LoraConfig
 from model.training import optim, run_folder
 from model.training.parallel import World
 
@@ -53,7 +54,14 @@ class TrainConfig:
     dropout: float  # probability in [0, 1), in training
     attention_dropout: float | None = None  # of attention's probabilities; --dropout if not given. Slow on a CPU
     bias: bool = True  # bias vectors in linear layers and LayerNorm
+    activation_function: Literal["gelu_new", "gelu"] = "gelu_new"  # the GELU by tanh, as GPT-2's, or the exact one
+    layer_norm_epsilon: float = 1e-5  # added to the variance in LayerNorm
     document_mask: bool = False  # attention does not cross end-of-text tokens
+    init: Folder = None  # begin with the weights, shape and tokenizer of a run, or of a Hugging Face folder
+    lora_rank: int = 0  # train adapters of this rank for the model of --init, which is frozen; 0 trains all weights
+    lora_alpha: float = 16.0  # adapters count --lora-alpha / --lora-rank times
+    lora_dropout: float = 0.0  # of adapters' inputs, probability in [0, 1), in training
+    lora_targets: str = "c_attn,c_proj,c_fc"  # matrices with an adapter: ends of their names, such as mlp.c_proj
     skip_bad_shards: bool = False  # skip .bin shards that cannot be read, instead of stopping at the first
 
     batch_size: int | Literal["auto"]  # sequences per micro-step and process; auto: the largest that fits into memory
@@ -121,7 +129,15 @@ class TrainConfig:
             resid_pdrop=self.dropout,
             attn_pdrop=self.dropout if self.attention_dropout is None else self.attention_dropout,
             bias=self.bias,
+            activation_function=self.activation_function,
+            layer_norm_epsilon=self.layer_norm_epsilon,
         )
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        if not self.lora_rank:
+            return None
+        return LoraConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, tuple(self.lora_targets.split(",")))
 
     def is_reached(self, val_loss: float | None) -> bool:
         """Whether a validation loss ends the run."""
@@ -142,7 +158,7 @@ class TrainConfig:
     def run_options(self) -> dict[str, Any]:
         """The options that belong to the run rather than to one invocation; JSON-serialisable."""
         options = {key: value for key, value in asdict(self).items() if key not in PER_INVOCATION}
-        return {**options, "data": str(self.data)}
+        return {**options, "data": str(self.data), "init": None if self.init is None else str(self.init.absolute())}
 
     def check(self) -> None:
         """Raise UserError, naming the option, for a value or a combination that cannot work."""
@@ -168,6 +184,18 @@ class TrainConfig:
             ("spike_z", 0 < self.spike_z < math.inf, "a number above 0"),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
             ("attention_dropout", 0 <= (self.attention_dropout or 0) < 1, "in [0, 1)"),
+            ("lora_rank", self.lora_rank >= 0, "0 (none) or more"),
+            ("lora_rank", not self.lora_rank or self.init is not None, "omitted without --init, the model to adapt"),
+            ("lora_rank", self.lora_rank <= self.n_embd, f"at most the model's width, {self.n_embd}"),
+            ("lora_alpha", 0 < self.lora_alpha < math.inf, "a number above 0"),
+            ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
+            (
+                "lora_dropout",
+                not (self.lora_dropout and self.recompute),
+                "0 with --recompute, which needs its masks twice",
+            ),
+            ("lora_targets", set(self.lora_targets.split(",")) <= {*lora.TARGETS}, f"some of {','.join(lora.TARGETS)}"),
+            ("tokenizer", self.init is None or self.tokenizer == OF_INIT, "omitted with --init, which has its own"),
             ("checkpoint", self.resume is not None or self.checkpoint == "last", "omitted without --resume"),
             ("cooldown_steps", self.cooldown_steps == 0 or self.schedule == "wsd", "omitted without --schedule wsd"),
             ("or_resume", not self.or_resume or self.out is not None, "omitted without --out"),
@@ -220,11 +248,12 @@ class TrainConfig:
             )
 
 
+OF_INIT = "of --init"  # the tokenizer of a run that begins with another model
 PER_INVOCATION = ("out", "resume", "checkpoint", "or_resume", "force")  # not stored with the run
 RESUMABLE = (
     "steps", "until_loss", "eval_every", "eval_windows", "save_every", "keep_last", "log_every", "sample_tokens",
     "tensorboard", "batch_size", "grad_accum", "device", "backend", "compile", "graph", "recompute", "parallel",
-    "num_workers", "profile", "memory_snapshot", "skip_bad_shards",
+    "num_workers", "profile", "memory_snapshot", "skip_bad_shards", "init",
 )  # fmt: skip
 
 
@@ -278,7 +307,8 @@ def _from_values(values: dict[str, Any], source: Path | str) -> TrainConfig:
     if unknown := sorted(values.keys() - known):
         raise UserError(f"{source}: unknown option {unknown[0]!r}: see python train.py --help")
     try:
-        cfg = TrainConfig(**{**values, "data": Path(values.get("data", "Book"))})
+        init = None if values.get("init") is None else Path(values["init"])
+        cfg = TrainConfig(**{**values, "data": Path(values.get("data", "Book")), "init": init})
     except TypeError as error:
         raise UserError(f"{source} lacks options: {str(error).split(': ')[-1]}") from None
     for name in known:
@@ -293,6 +323,7 @@ def _from_values(values: dict[str, Any], source: Path | str) -> TrainConfig:
 def default_config(args: list[str]) -> TrainConfig:
     """The values of options that are not in `args`: of the run to resume, of the preset, or of this machine.
 
+    The shape of the model is that of --init, where it is in `args`.
     --steps in `args` takes the place of --minutes there. Raises UserError for both in `args`.
     """
     if folder := _option(args, "--resume"):
@@ -302,6 +333,13 @@ def default_config(args: list[str]) -> TrainConfig:
     else:
         has_gpu = torch.cuda.is_available() and _option(args, "--device") != "cpu"
         cfg = preset("gpt2-first-run" if has_gpu else "first-run")
+    if (init := _option(args, "--init")) and not folder:
+        shape = lora.shape_of(Path(init))
+        cfg = replace(
+            cfg, n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, context=shape.n_positions,
+            bias=shape.bias, activation_function=shape.activation_function,  # type: ignore[arg-type]
+            layer_norm_epsilon=shape.layer_norm_epsilon, tokenizer=OF_INIT,
+        )  # fmt: skip
     if _option(args, "--steps"):
         if _option(args, "--minutes"):
             raise UserError("--minutes sets the number of steps itself: give either --minutes or --steps")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from model.gpt import GPT, IGNORE_INDEX
+from model.lora import LoraLinear
 from model.training import parallel
 from model.training.optim import EMA, set_lr
 from model.training.parallel import World
@@ -133,7 +134,8 @@ class Step:
         self.loss = self.norm = torch.zeros((), device=world.device)
         self.step = torch.zeros((), dtype=torch.int64, device=world.device)
         config = model.config
-        self.has_dropout = max(config.embd_pdrop, config.resid_pdrop, config.attn_pdrop) > 0
+        adapters = [module.dropout for module in model.modules() if isinstance(module, LoraLinear)]
+        self.has_dropout = max(config.embd_pdrop, config.resid_pdrop, config.attn_pdrop, *adapters) > 0
         self.uses_graph = graph
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0

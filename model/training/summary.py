@@ -11,6 +11,7 @@ from model.data import TokenData
 from model.evaluate import describe
 from model.generate import generate
 from model.gpt import GPT
+from model.lora import load_model
 from model.tokenizer import Tokenizer
 from model.training.options import TrainConfig
 
@@ -26,7 +27,7 @@ def print_summary(cfg: TrainConfig, folder: Path, tokens: TokenData, model: GPT,
     """
     best = checkpoint.load(folder, "best").state
     device = next(model.parameters()).device
-    best_model, tokenizer = checkpoint.load_model(folder, device, name="best", dtype=model.dtype)
+    best_model, tokenizer = load_model(folder, device, name="best", dtype=model.dtype)
     prompt, sample = write_sample(best_model, tokenizer, tokens=SAMPLE_TOKENS, seed=cfg.seed)
     files.write_atomic(folder / SAMPLE, sample + "\n")
     print(f"\n{sample}\n")
