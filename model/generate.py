@@ -35,7 +35,7 @@ from model.decoder import Decoder
 from model.gpt import GPT
 from model.lora import load_model
 from model.quantize import Weights, avoid_amx, prepare
-from model.sampling import Sampling
+from model.sampling import TEMPERATURE, TOP_K, Sampling
 from model.tokenizer import Tokenizer
 
 
@@ -282,8 +282,8 @@ class GenerateConfig:
     samples: int = 1  # texts to write for each prompt; number i has the seed --seed + i, from i = 0
     batch_size: int = 16  # texts to write at a time
     tokens: int = 200  # maximum tokens to write
-    temperature: float = 0.8  # 0 takes the most likely token, 1 samples from the model's distribution
-    top_k: int | None = 40  # sample among the k most likely tokens only; None for all
+    temperature: float = TEMPERATURE  # 0 takes the most likely token, 1 samples from the model's distribution
+    top_k: int | None = TOP_K  # sample among the k most likely tokens only; None for all
     top_p: float = 1.0  # of those, the fewest most likely tokens whose probabilities sum to this; 1 for all
     min_p: float = 0.0  # of those, the tokens at least this times as likely as the most likely one; 0 for all
     repetition_penalty: float = 1.0  # above 1 makes the tokens of prompt and text less likely

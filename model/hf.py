@@ -36,8 +36,8 @@ from torch import Tensor
 from model import bpe, checkpoint, files, foreign
 from model.cli import LiveLine, UserError, explain, run
 from model.config import PRESETS, GPTConfig
-from model.generate import GenerateConfig
 from model.gpt import GPT, num_parameters
+from model.sampling import TEMPERATURE, TOP_K
 from model.tokenizer import MAX_VOCAB, BytePairTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer, TrainedTokenizer
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", ("model.safetensors", "pytorch_model.bin")
@@ -59,7 +59,7 @@ def export(run: Path, folder: Path, name: str = "best") -> GPT:
     end = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **model.config.to_dict(), **end}
     # As model.generate samples; pipeline would take settings of its own, which differ between versions.
-    sampling = {"do_sample": True, "temperature": GenerateConfig.temperature, "top_k": GenerateConfig.top_k}
+    sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
     settings = {
         TOKENIZER: _tokenizer_json(tokenizer),
         "tokenizer_config.json": _tokenizer_config(model.config.n_positions),

@@ -28,6 +28,9 @@ from model.cli import UserError
 ONE = 2**50  # the unit's inverse: the total of a row, and of any part of it, is a float64 without rounding
 
 
+TEMPERATURE, TOP_K = 0.8, 40  # with which texts are shown: defaults of model.generate and of exported models
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How ids are drawn. Raises UserError for a value out of range."""
