@@ -48,6 +48,7 @@ TINY = ["--n-layer", "1", "--n-embd", "16", "--context", "16", "--batch-size", "
 SHORTER = {
     "python train.py --data corpus.txt --out runs/a --or-resume": [*TINY, "--steps", "4"],
     "python train.py --data": [*TINY, "--minutes", "0.01"],
+    "python train.py --init": ["--steps", "2", "--context", "16", "--batch-size", "2"],
     "python train.py --resume": ["--steps", "6"],
     "python train.py --preset": [*TINY, "--steps", "2", "--n-head", "1", "--grad-accum", "1"],
     "torchrun": [*TINY, "--steps", "2"],
