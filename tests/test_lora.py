@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from small_model import small_model, small_tokenizer
+from test_parallel import launch
 from test_resume import KILLED
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainer import ROOT, SMALL, TEXT, call, losses, refused, state
@@ -282,6 +283,19 @@ def test_resume_after_kill_9_is_bitwise_equal(base, here):
     assert call(*LORA, "--steps", 20, "--out", "straight") == 0
     assert state(here / "killed", 20) == state(here / "straight", 20)
     assert losses(here / "killed") == losses(here / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_the_same_adapters(base, here, kind):
+    options = [*LORA, "--lora-dropout", 0, "--steps", 10, "--data", here / "other.txt", "--init", base]
+    assert call(*options, "--out", "one") == 0
+    done = launch(ROOT / "train.py", *options, "--out", here / "two", "--parallel", kind)
+    assert done.returncode == 0, done.stderr
+    one, two = (checkpoint.load(here / name).parts for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for part in ("adapter_model", "ema", "optimizer"):
+        torch.testing.assert_close(two[part], one[part], atol=2e-4, rtol=1e-3)
 
 
 def test_checkpoint_holds_adapters_alone_in_pefts_format(base, here):
