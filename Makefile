@@ -16,7 +16,7 @@ help:
 	@echo "make fuzz     test every kernel on EXAMPLES=300 random cases"
 	@echo "make mutants  break the kernels one line at a time; the tests must fail each time"
 	@echo "make faults   kill a training run at 50 random moments, fill its disk, damage its checkpoints"
-	@echo "make llama    install llama.cpp by npm; it must give the ids of ours for GGUF files (RUN=runs/first-run: of that run too)"
+	@echo "make llama    prove the ids of GGUF files in llama.cpp, installed by npm; RUN=runs/first-run proves that run too"
 	@echo "make lint     check format, lint and types"
 	@echo "make format   reformat the source"
 	@echo "make clean    remove .venv and caches"

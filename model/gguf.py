@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import tyro
@@ -142,7 +142,7 @@ class GGUFConfig:
     """Write the model of a run and its tokenizer into one GGUF file, for llama.cpp and Ollama."""
 
     run: tyro.conf.Positional[Path]  # folder of a training run
-    file: tyro.conf.Positional[Path]  # new file, such as model.gguf
+    file: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FILE.gguf")]]  # new file
     type: Type = "f32"  # of the matrices: f32 is exact, f16 is half as large, q8_0 a little over a quarter
     checkpoint: str = "best"  # last, best (lowest validation loss), or a name such as step-00000100
 

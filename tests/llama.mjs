@@ -1,6 +1,7 @@
 // What llama.cpp makes of a GGUF file, through node-llama-cpp:  node tests/llama.mjs FOLDER < question > answer
-// FOLDER: where npm installed it. question: {file, texts, prompts, tokens, context}, prompts as ids. answer: {ids, texts,
-// greedy}: of each text its ids and their text again, of each prompt the ids that follow it up to an end of text.
+// FOLDER: where npm installed it. question: {file, texts, prompts, tokens, context}, prompts as ids.
+// answer: {ids, texts, greedy}: of each text its ids and their text again, of each prompt the ids that follow it, up to
+// an end of text.
 import fs from "node:fs";
 import path from "node:path";
 import {pathToFileURL} from "node:url";
