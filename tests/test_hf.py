@@ -18,6 +18,7 @@ from model.cli import UserError, run
 from model.config import GPTConfig
 from model.generate import generate
 from model.tokenizer import CharTokenizer, GPT2Tokenizer, TrainedTokenizer
+from model.training import run_folder
 
 transformers = pytest.importorskip("transformers", reason="needs the transformers package")
 
@@ -158,6 +159,17 @@ def test_biases_that_were_trained_elsewhere_are_kept(tmp_path):
     safetensors.torch.save_file(tensors, path)
     model, _ = hf.load_pretrained(tmp_path / "hf")
     assert model.config.bias and model.transformer.h[1].ln_2.bias[3] == 1.0
+
+
+def test_biases_of_zero_are_kept_where_the_folder_has_them(tmp_path):
+    """They are what training starts with."""
+    settings = {"vocab_size": 50257, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 8}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).save_pretrained(tmp_path)
+    model, _ = hf.load_pretrained(tmp_path)
+    assert model.config.bias and not model.transformer.ln_f.bias.any()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **settings}))
+    assert hf.load_pretrained(tmp_path)[0].config == model.config  # what is not said is as in transformers
+    assert model.config.attn_pdrop == model.config.embd_pdrop == model.config.resid_pdrop == 0.1
 
 
 def test_export_takes_the_checkpoint_that_is_asked_for(tmp_path):
@@ -311,6 +323,10 @@ def test_commands_export_and_import(cli, tmp_path):
     assert "perplexity" in cli(imported, "--data", tmp_path / "text.txt", **measure)[1]
     code, _, err = cli(imported, **measure)
     assert code == 2 and err.endswith("no validation text, as a model that was imported: give --data FILE\n")
+    with pytest.raises(
+        UserError, match="holds no run: there is no config.json in it; fine-tune an imported model with"
+    ):
+        run_folder.stored_options(imported)  # train.py --resume
 
 
 def test_commands_refuse_what_cannot_be(cli, tmp_path):

@@ -185,6 +185,13 @@ def drop(key):
     return lambda content: content.pop(key)
 
 
+def split_elsewhere(content):
+    """The same tokens, the last one made of its first byte and the rest."""
+    merges = content["model"]["merges"]
+    token = merges[-1].replace(" ", "")
+    merges[-1] = f"{token[0]} {token[1:]}" if merges[-1].index(" ") > 1 else f"{token[:-1]} {token[-1]}"
+
+
 ESCAPES = "\x1b[31m\n" * 200
 CASES = {
     # config.json
@@ -275,6 +282,7 @@ CASES = {
     ),
     "tokenizer with dropout": (tokenizer(lambda t: t["model"].update(dropout=0.1)), "merges in another way"),
     "merges out of order": (tokenizer(lambda t: t["model"]["merges"].reverse()), "is no tokenizer of byte pairs"),
+    "merges of other pairs": (tokenizer(split_elsewhere), "its merges do not make its tokens in order"),
     "merges of three": (tokenizer(lambda t: t["model"].update(merges=["a b c"])), "is no tokenizer of byte pairs"),
     "merges of numbers": (tokenizer(lambda t: t["model"].update(merges=[[1, 2]])), "it is damaged"),
     "byte missing": (tokenizer(lambda t: t["model"]["vocab"].pop("a")), "it is damaged"),
