@@ -57,6 +57,7 @@ def test_adapters_change_nothing_at_first_and_then_the_formula():
     assert torch.equal(lora.add(model, LoraConfig(4, alpha=6.0))(idx)[0], before)
     linear = model.transformer.h[0].mlp.c_fc
     linear.lora_B.weight.data.normal_()
+    linear.bias.data.normal_()
     x, W, b = torch.randn(3, 5, 16), linear.weight, linear.bias
     expected = x @ W.T + b + 6 / 4 * (x @ linear.lora_A.weight.T @ linear.lora_B.weight.T)
     torch.testing.assert_close(linear(x), expected)
@@ -176,6 +177,10 @@ def test_compiled_model_has_the_same_gradients():
 # --- PEFT ------------------------------------------------------------------------------------------------------------
 
 
+# transformers about itself
+QUIET = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
 @pytest.fixture
 def theirs():
     """Our small model in transformers."""
@@ -195,7 +200,7 @@ def _export(model: GPT, config: LoraConfig, folder) -> None:
     lora.write(folder, config.to_peft("base"), {name: p.detach() for name, p in lora.trained(model).items()})
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@QUIET
 @pytest.mark.parametrize("config", [ALL, LoraConfig(2, alpha=3.5, targets=("mlp.c_proj", "c_attn"))], ids=str)
 def test_peft_loads_ours(config, theirs, tmp_path):
     from peft import PeftModel
@@ -213,7 +218,7 @@ def test_peft_loads_ours(config, theirs, tmp_path):
     assert names == set(safetensors.torch.load_file(tmp_path / "adapter" / lora.WEIGHTS))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@QUIET
 @pytest.mark.parametrize(
     "options",
     [
