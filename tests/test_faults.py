@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 TEXT = "CHAPTER I. The cat sat on the mat, and the mat was flat. The dog sat by the log, and the log was long.\n" * 60
 SAVE_EVERY, STEPS = 5, 40
 TRAIN = shlex.split(f"""
-    --device cpu --data book.txt --n-layer 1 --n-head 2 --n-embd 64 --context 16 --batch-size 4 --dropout 0.1
+    --preset tiny --device cpu --data book.txt --n-layer 1 --n-head 2 --n-embd 64 --context 16 --batch-size 4
+    --dropout 0.1
     --lr 1e-2 --min-lr 1e-3 --warmup-steps 2 --eval-every 10 --eval-windows 12 --save-every {SAVE_EVERY} --log-every 1
     --steps {STEPS} --sample-tokens 20 --or-resume
 """)

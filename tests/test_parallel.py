@@ -32,7 +32,8 @@ SHAPE = GPTConfig(vocab_size=67, n_positions=16, n_embd=32, n_layer=2, n_head=2,
                   embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
 STEPS, ROWS, SKIPPED = 20, 8, 5
 OPTIONS = shlex.split("""
-    --device cpu --n-layer 2 --n-head 2 --n-embd 16 --context 16 --batch-size 2 --grad-accum 4 --dropout 0 --ema 0.9
+    --preset tiny --device cpu --n-layer 2 --n-head 2 --n-embd 16 --context 16 --batch-size 2 --grad-accum 4
+    --dropout 0 --ema 0.9
     --lr 3e-3 --min-lr 1e-3 --warmup-steps 2 --steps 20 --eval-every 10 --save-every 10 --log-every 1 --sample-tokens 8
 """)
 
