@@ -324,7 +324,7 @@ def test_commands_export_and_import(cli, tmp_path):
     code, _, err = cli(imported, **measure)
     assert code == 2 and err.endswith("no validation text, as a model that was imported: give --data FILE\n")
     with pytest.raises(
-        UserError, match="holds no run: there is no config.json in it; fine-tune an imported model with"
+        UserError, match=r"holds no run: there is no config\.json in it; fine-tune an imported model with"
     ):
         run_folder.stored_options(imported)  # train.py --resume
 
