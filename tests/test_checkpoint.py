@@ -92,9 +92,9 @@ def test_loading_maps_files_and_saving_makes_no_copy(run, monkeypatch):
     pointers = []
     save_file = safetensors.torch.save_file
 
-    def note(tensors, path):
+    def note(tensors, path, metadata):
         pointers.extend(t.data_ptr() for t in tensors.values())
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     monkeypatch.setattr(safetensors.torch, "save_file", note)
     folder = save(run, 1, content=content)
@@ -345,7 +345,7 @@ class Faults:
         self.wrap(patch, Path, "unlink")
         self.wrap(patch, shutil, "rmtree", lambda path, **_: next(path.iterdir()).unlink())
         self.wrap(patch, files, "write_file", lambda path, data, **_: path.write_bytes(data[: len(data) // 2]))
-        self.wrap(patch, safetensors.torch, "save_file", lambda _, path: path.write_bytes(b"\x08\x00\x00\x00\x00"))
+        self.wrap(patch, safetensors.torch, "save_file", lambda _, path, *__: path.write_bytes(b"\x08\x00\x00\x00\x00"))
 
     def wrap(self, patch, owner, name, half: Callable[..., object] = lambda *_, **__: None) -> None:
         do = getattr(owner, name)
@@ -445,7 +445,7 @@ def full(*args):
 def test_full_disk_for_tensors_loses_nothing(run, monkeypatch, message):
     """The library has an error of its own, in words that changed between its versions."""
 
-    def save_file(tensors, path):
+    def save_file(tensors, path, metadata):
         raise SafetensorError(message)
 
     save(run, 10, mark=10)
@@ -460,7 +460,7 @@ def test_full_disk_for_tensors_loses_nothing(run, monkeypatch, message):
 
 
 def test_other_safetensors_errors_pass_through(run, monkeypatch):
-    def save_file(tensors, path):
+    def save_file(tensors, path, metadata):
         raise SafetensorError("invalid header")
 
     monkeypatch.setattr(safetensors.torch, "save_file", save_file)
