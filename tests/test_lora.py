@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import re
 import shlex
@@ -19,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer import ROOT, SMALL, TEXT, call, losses, refused, state
 
 from kernels import use_backend
-from model import checkpoint, lora
+from model import checkpoint, hf, lora
 from model.cli import run
+from model.config import GPTConfig
 from model.evaluate import EvaluateConfig
 from model.evaluate import main as evaluate
 from model.generate import ALIASES, GenerateConfig
@@ -354,6 +357,29 @@ def test_full_fine_tuning_begins_with_the_weights(base, here, capsys):
     assert all((saved[name] - begun[name]).abs().max() < 1e-6 for name in begun)
     shutil.rmtree(here / "base")
     assert call("--resume", "run", "--steps", 2) == 0  # the checkpoint has all weights
+
+
+def test_run_begins_with_a_hugging_face_folder(base, here, monkeypatch):
+    """Its shape comes from config.json; the exact GELU and another epsilon stay."""
+    tokenizer = lora.load_base(base).tokenizer
+    config = GPTConfig(tokenizer.n_vocab, 16, 16, 2, 2, activation_function="gelu", layer_norm_epsilon=1e-6)
+    (here / "theirs").mkdir()
+    content = {"model_type": "gpt2", "n_ctx": 16, **config.to_dict()}
+    (here / "theirs/config.json").write_text(json.dumps(content))
+    model = GPT(config).eval()
+    monkeypatch.setattr(hf, "is_pretrained", lambda folder: folder.name == "theirs")
+    monkeypatch.setattr(hf, "load_pretrained", lambda folder: (copy.deepcopy(model), tokenizer))
+    options = [arg if arg != "base" else "theirs" for arg in LORA]
+    assert call(*options, "--steps", 10, "--out", "run") == 0
+    assert call("--resume", "run", "--steps", 20) == 0
+    assert lora.shape_of(here / "run") == dataclasses.replace(config, initializer_range=0.02)
+    assert lora.load_model(here / "run")[0].config.activation_function == "gelu"
+    model.transformer.wpe.weight.data[0] += 1
+    with pytest.raises(lora.UserError, match="theirs has changed"):
+        lora.load_model(here / "run")
+    (here / "theirs/config.json").write_text("{")
+    with pytest.raises(lora.UserError, match="describes no GPT-2"):
+        lora.shape_of(here / "theirs")
 
 
 def test_context_may_be_shorter_than_that_of_the_base(base, here, capsys):
