@@ -390,7 +390,7 @@ def write_tensors(
     path, prefix = folder / f"{part}.safetensors", PEFT_PREFIX if part == ADAPTER else ""
     tensors = {prefix + name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        safetensors.torch.save_file(tensors, path, **({"metadata": metadata} if metadata else {}))
+        safetensors.torch.save_file(tensors, path, metadata)
     except SafetensorError as error:  # the number of the system's error is only in its text
         number = re.search(r"(?:os error|code:) (\d+)", str(error))
         if number is None:
