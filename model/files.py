@@ -14,7 +14,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from model.cli import UserError
+
 TEMPORARY = ".tmp-"
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise UserError unless `folder` is missing or empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder: choose another, or remove it")
 
 
 @contextlib.contextmanager

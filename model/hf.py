@@ -54,7 +54,7 @@ def export(run: Path, folder: Path, name: str = "best") -> GPT:
 
     name: of the checkpoint, see checkpoint.load. UserError for a folder that exists and is not empty.
     """
-    _refuse_existing(folder)
+    files.refuse_existing(folder)
     model, tokenizer = checkpoint.load_model(run, name=name)
     end = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **model.config.to_dict(), **end}
@@ -68,7 +68,7 @@ def export(run: Path, folder: Path, name: str = "best") -> GPT:
     }
     state = model.state_dict()
     tensors = {name: state.get(name, torch.zeros(shape)) for name, shape in _shapes(model.config).items()}
-    with files.new_folder(folder, _temporary(folder)) as temporary:
+    with files.new_folder(folder, folder.with_name(f"{files.TEMPORARY}{os.getpid()}-{folder.name}")) as temporary:
         checkpoint.write_tensors(
             temporary, "model", {name: _turned(name, t) for name, t in tensors.items()}, metadata={"format": "pt"}
         )
@@ -125,12 +125,9 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def import_folder(folder: Path, run: Path) -> tuple[GPT, Tokenizer]:
     """Make `run` a run with the model and tokenizer of a Hugging Face folder -> both. See load_pretrained."""
-    _refuse_existing(run)
+    files.refuse_existing(run)  # before the weights are read
     model, tokenizer = load_pretrained(folder)
-    with files.new_folder(run, _temporary(run), durable=True) as temporary:
-        tokenizer.save(temporary / "tokenizer")
-        parts: checkpoint.Parts = {"model": {name: p.detach() for name, p in model.named_parameters()}}
-        checkpoint.save(temporary, 0, parts, config={}, model=model.config, best_val_loss=None, elapsed_s=0.0)
+    checkpoint.save_model(run, model, tokenizer, config={})
     return model, tokenizer
 
 
@@ -139,6 +136,12 @@ def is_pretrained(folder: Path) -> bool:
     with contextlib.suppress(UserError, OSError):
         return _settings(folder).get("model_type") == "gpt2"
     return False
+
+
+def shape_of(folder: Path) -> GPTConfig:
+    """The shape of the model in a Hugging Face folder, without its weights; with padding in the vocabulary, if any."""
+    settings = _settings(folder)
+    return replace(_config(folder, settings), bias=settings.get("bias") is not False)
 
 
 def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
@@ -353,7 +356,7 @@ def download(name: str, run: Path) -> tuple[GPT, Tokenizer]:
     name: one of PUBLISHED, or OWNER/NAME of another. A connection that breaks is resumed where it broke; files that are
     in the cache are not fetched again. Weights are compared with the SHA-256 that the server has for them.
     """
-    _refuse_existing(run)
+    files.refuse_existing(run)
     if name not in PUBLISHED and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"unknown model {name!r}: choose {', '.join(PUBLISHED)}, or OWNER/NAME on huggingface.co")
     repo = f"openai-community/{name}" if name in PUBLISHED else name
@@ -386,15 +389,6 @@ def download(name: str, run: Path) -> tuple[GPT, Tokenizer]:
 
 
 # The command
-
-
-def _refuse_existing(folder: Path) -> None:
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder: choose another, or remove it")
-
-
-def _temporary(folder: Path) -> Path:
-    return folder.with_name(f"{files.TEMPORARY}{os.getpid()}-{folder.name}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@
 An adapter folder holds adapter_model.safetensors and adapter_config.json, as `peft` writes and loads them: A and B of
 base_model.model.transformer.h.0.attn.c_attn and so on, lora_A.weight (r, in) and lora_B.weight (out, r). Each
 checkpoint of a run with adapters is one. Such a run keeps no copy of the model it adapts: it notes where that is and
-the SHA-256 of its weights. For inference the adapter is added into the weights, which then cost what they did without.
+the SHA-256 of its weights. For inference the adapter is added into the weights, which then cost what they did without;
+in Python `with merged(model, read(DIR)):` does so for a block, to switch between several.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -273,12 +274,9 @@ def shape_of(source: Path) -> GPTConfig:
     """The shape of the model that `load_base` loads, without its weights."""
     if not _is_pretrained(source):
         return GPTConfig.from_dict(checkpoint.read_state(source)["model"])
-    path = source / "config.json"
-    try:
-        content = json.loads(path.read_bytes())
-        return GPTConfig(**{f.name: content[f.name] for f in fields(GPTConfig) if f.name in content})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} describes no GPT-2: {error}") from None
+    from model import hf
+
+    return hf.shape_of(source)
 
 
 def _is_pretrained(source: Path) -> bool:
@@ -355,8 +353,7 @@ class LoraCommand:
 
 
 def main(cfg: LoraCommand) -> None:
-    if cfg.out.exists() and (not cfg.out.is_dir() or any(cfg.out.iterdir())):
-        raise UserError(f"{cfg.out} exists and is not an empty folder: choose another one")
+    files.refuse_existing(cfg.out)
     saved = checkpoint.load(cfg.run, cfg.checkpoint, weights_only=True)
     if cfg.adapter is None or cfg.command == "export":
         _of_run(cfg.run, saved)  # refuses a run without adapters
@@ -366,13 +363,7 @@ def main(cfg: LoraCommand) -> None:
         print(f"{cfg.out}: {len(tensors)} tensors of {saved.folder.name}, for PEFT or --adapter")
         return
     model, tokenizer = load_model(cfg.run, name=cfg.checkpoint, adapter=cfg.adapter)
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(cfg.out / "tokenizer")
-    parts = {"model": {name: p.detach() for name, p in model.named_parameters()}}
-    checkpoint.save(
-        cfg.out, saved.state["step"], parts, config={"merged": str(cfg.run)}, model=model.config,
-        best_val_loss=None, elapsed_s=0.0,
-    )  # fmt: skip
+    checkpoint.save_model(cfg.out, model, tokenizer, step=saved.state["step"], config={"merged": str(cfg.run)})
     print(f"{cfg.out}: the model of {cfg.run}, {saved.folder.name}, with its adapters in the weights")
 
 

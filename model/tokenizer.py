@@ -246,9 +246,9 @@ def trained_size(name: str) -> int | None:
 
 
 def describe(tokenizer: Tokenizer, name: str) -> str:
-    """How many ids it has, and why, if they are fewer than those of the bpe:N that was asked for."""
+    """How many ids it has, and why, if they are fewer than the bpe:N that was asked for."""
     fewer = tokenizer.n_vocab < (trained_size(name) or 0)
-    return f"{tokenizer.n_vocab:,} ids" + f", all that pairs which occur twice in this text make, not {name}" * fewer
+    return f"{tokenizer.n_vocab:,} ids" + f" instead of {name}, as no other pair occurs twice in this text" * fewer
 
 
 def is_called(tokenizer: Tokenizer, name: str) -> bool:

@@ -27,9 +27,7 @@ def write_run(folder: Path, tokenizer: Tokenizer, **shape) -> GPT:
     """A run with one checkpoint -> its model."""
     shape = {"n_positions": 140, "n_embd": 16, "n_layer": 2, "n_head": 2, **shape}
     model = lively(GPT(GPTConfig(tokenizer.n_vocab, initializer_range=0.2, **shape)))
-    parts = {"model": {name: p.detach() for name, p in model.named_parameters()}}
-    tokenizer.save(folder / "tokenizer")
-    checkpoint.save(folder, 1, parts, config={}, model=model.config, best_val_loss=None, elapsed_s=0.0)
+    checkpoint.save_model(folder, model, tokenizer, step=1, config={})
     return model
 
 

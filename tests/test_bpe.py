@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import regex
 import tokenizers
+from commands import exit_code
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import bpe
 from model import tokenizer as tk
-from model.cli import UserError, run
+from model.cli import UserError
 from model.data import books, corpus, open_source, prepare
 from model.tokenizer import GPT2Tokenizer, TrainedTokenizer, build_tokenizer, load_tokenizer, pieces
 
@@ -277,7 +278,10 @@ def test_size_beyond_the_text_gives_what_there_is(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT)
     made = prepare(tmp_path / "a.txt", tmp_path / "tokens", "bpe:900000", val_fraction=0.0).tokenizer
     assert made.equals(largest)
-    assert f"vocabulary: {made.n_vocab:,} ids, all that pairs which occur twice in" in capsys.readouterr().out
+    assert (
+        f"vocabulary: {made.n_vocab:,} ids instead of bpe:900000, as no other pair occurs twice in this text"
+        in capsys.readouterr().out
+    )
     for text in ([], ["abc"]):
         with pytest.raises(UserError, match=r"bpe:300: no pair of characters occurs twice in this text: give more"):
             build_tokenizer("bpe:300", text)
@@ -410,15 +414,7 @@ def call(tmp_path, monkeypatch, capsys):
     (tmp_path / "texts" / "a.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
     (tmp_path / "b.txt").write_text("fnord fnord fnord\n" * 20)
 
-    def call(*argv):
-        code = 0
-        try:
-            run(tk.main, tk.TokenizerConfig, prog="python -m model.tokenizer", argv=[*map(str, argv)])
-        except SystemExit as exit_:
-            code = exit_.code
-        return code, *capsys.readouterr()
-
-    return call
+    return lambda *argv: (exit_code(tk.main, tk.TokenizerConfig, *argv), *capsys.readouterr())
 
 
 def test_command_trains_on_all_of_the_files(call, tmp_path):

@@ -10,10 +10,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from commands import exit_code
 
 from model import checkpoint, choices, data, quantize
 from model.choices import Question
-from model.cli import UserError, run
+from model.cli import UserError
 from model.config import GPTConfig
 from model.evaluate import EvaluateConfig, bits_per_byte, evaluate, main, perplexity
 from model.gpt import GPT
@@ -246,11 +247,7 @@ def folder(tmp_path):
 
 
 def call(*argv) -> int:
-    try:
-        run(main, EvaluateConfig, prog="python -m model.evaluate", argv=[*map(str, argv), "--device", "cpu"])
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
+    return exit_code(main, EvaluateConfig, *argv, "--device", "cpu")
 
 
 def test_command_measures_the_validation_text(folder, capsys):

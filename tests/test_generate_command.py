@@ -12,11 +12,11 @@ import sys
 
 import pytest
 import torch
+from commands import exit_code
 from small_model import batch, small_model, small_tokenizer
 
 from model import checkpoint, decoder
 from model import generate as generate_module
-from model.cli import run
 from model.generate import (
     ALIASES,
     Continuation,
@@ -53,13 +53,7 @@ def cli(capsys, run_folder):
     """Runs the command; returns exit code, stdout, stderr."""
 
     def call(*argv, folder=run_folder) -> tuple[int, str, str]:
-        try:
-            argv = [str(arg) for arg in (folder, *argv)]
-            run(main, GenerateConfig, prog="python -m model.generate", argv=argv, aliases=ALIASES)
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code
-        return code, *capsys.readouterr()
+        return exit_code(main, GenerateConfig, folder, *argv, aliases=ALIASES), *capsys.readouterr()
 
     return call
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import regex
 import torch
+from commands import exit_code
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import bpe, checkpoint
 from model import gguf as exporter
 from model import tokenizer as tk
-from model.cli import UserError, explain, run
+from model.cli import UserError, explain
 from model.config import GPTConfig
 from model.gguf import GGUFConfig, main, write
 from model.gpt import GPT
@@ -238,12 +239,7 @@ def call(tmp_path, capsys, monkeypatch):
                 tmp_path / "mine", step, parts, config={}, model=model.config, best_val_loss=None, elapsed_s=0
             )
             checkpoint.record_validation(tmp_path / "mine", step, loss)
-        try:
-            run(main, GGUFConfig, prog="python -m model.gguf", argv=argv)
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code
-        return code, *capsys.readouterr()
+        return exit_code(main, GGUFConfig, *argv), *capsys.readouterr()
 
     return command
 

@@ -7,14 +7,16 @@ import shutil
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
+from commands import exit_code
 from hf_folders import TEXT, TOKENIZERS, lively, same, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import checkpoint, evaluate, files, hf
 from model import generate as generate_module
-from model.cli import UserError, run
+from model.cli import UserError
 from model.config import GPTConfig
 from model.generate import generate
 from model.tokenizer import CharTokenizer, GPT2Tokenizer, TrainedTokenizer
@@ -252,7 +254,6 @@ def test_import_of_vocab_and_merges(theirs, tmp_path):
 
 def test_import_renumbers_where_the_end_of_text_is_first(theirs, tmp_path):
     """As Hugging Face's trainers number: special tokens, then the bytes, then the pairs."""
-    tokenizers = pytest.importorskip("tokenizers")
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator([TEXT] * 2, 282, 2, False, ["<|endoftext|>", "<pad>"])
     their_model = theirs(vocab_size=trained.get_vocab_size(), eos_token_id=0)
@@ -294,12 +295,7 @@ def cli(capsys):
     """Runs a command; returns exit code, stdout, stderr."""
 
     def call(*argv, module=hf, config=hf.HFConfig) -> tuple[int, str, str]:
-        try:
-            run(module.main, config, prog="x", argv=[str(arg) for arg in argv])
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code
-        return code, *capsys.readouterr()
+        return exit_code(module.main, config, *argv), *capsys.readouterr()
 
     return call
 

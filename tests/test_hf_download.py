@@ -13,10 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from commands import exit_code
 from hf_folders import TOKENIZERS, same, write_run
 
 from model import checkpoint, files, hf
-from model.cli import run
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs the huggingface_hub package")
 ROOT = Path(__file__).parent.parent
@@ -118,12 +118,7 @@ def cli(capsys, tmp_path):
     """Runs the command for tmp_path/run; returns exit code, stdout, stderr."""
 
     def call(name="gpt2") -> tuple[int, str, str]:
-        try:
-            run(hf.main, hf.HFConfig, prog="x", argv=["download", name, str(tmp_path / "run")])
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code
-        return code, *capsys.readouterr()
+        return exit_code(hf.main, hf.HFConfig, "download", name, tmp_path / "run"), *capsys.readouterr()
 
     return call
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import re
@@ -30,6 +29,7 @@ from model.generate import ALIASES, GenerateConfig
 from model.generate import main as generate
 from model.gpt import GPT
 from model.lora import LoraCommand, LoraConfig, LoraLinear
+from model.tokenizer import CharTokenizer
 from model.training.weights import describe
 
 ALL = LoraConfig(4)
@@ -187,8 +187,8 @@ QUIET = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprec
 @pytest.fixture
 def theirs():
     """Our small model in transformers."""
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers", reason="needs the transformers package")
+    pytest.importorskip("peft", reason="needs the peft package")
     ours = small_model(small_tokenizer())
     fields = {key: value for key, value in ours.config.to_dict().items() if key != "bias"}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).eval()
@@ -359,27 +359,39 @@ def test_full_fine_tuning_begins_with_the_weights(base, here, capsys):
     assert call("--resume", "run", "--steps", 2) == 0  # the checkpoint has all weights
 
 
-def test_run_begins_with_a_hugging_face_folder(base, here, monkeypatch):
-    """Its shape comes from config.json; the exact GELU and another epsilon stay."""
+def test_run_begins_with_a_hugging_face_folder(base, here):
+    """Its shape comes from config.json; another GELU and epsilon stay."""
     tokenizer = lora.load_base(base).tokenizer
     config = GPTConfig(tokenizer.n_vocab, 16, 16, 2, 2, activation_function="gelu", layer_norm_epsilon=1e-6)
-    (here / "theirs").mkdir()
-    content = {"model_type": "gpt2", "n_ctx": 16, **config.to_dict()}
-    (here / "theirs/config.json").write_text(json.dumps(content))
-    model = GPT(config).eval()
-    monkeypatch.setattr(hf, "is_pretrained", lambda folder: folder.name == "theirs")
-    monkeypatch.setattr(hf, "load_pretrained", lambda folder: (copy.deepcopy(model), tokenizer))
+    model = GPT(config)
+
+    def export(run):
+        shutil.rmtree(here / "theirs", ignore_errors=True)
+        checkpoint.save_model(here / run, model, tokenizer, config={})
+        hf.export(here / run, here / "theirs")
+
+    export("ours")
     options = [arg if arg != "base" else "theirs" for arg in LORA]
     assert call(*options, "--steps", 10, "--out", "run") == 0
     assert call("--resume", "run", "--steps", 20) == 0
     assert lora.shape_of(here / "run") == dataclasses.replace(config, initializer_range=0.02)
     assert lora.load_model(here / "run")[0].config.activation_function == "gelu"
     model.transformer.wpe.weight.data[0] += 1
+    export("changed")
     with pytest.raises(lora.UserError, match="theirs has changed"):
         lora.load_model(here / "run")
-    (here / "theirs/config.json").write_text("{")
-    with pytest.raises(lora.UserError, match="describes no GPT-2"):
-        lora.shape_of(here / "theirs")
+
+
+def test_shape_of_a_hugging_face_folder_is_that_of_its_model(base, here):
+    """The GELU by another name, biases of zero that it does not have."""
+    model, tokenizer = GPT(GPTConfig(28, 16, 16, 2, 2, bias=False)), CharTokenizer("abcdefghijklmnopqrstuvwxyz.")
+    checkpoint.save_model(here / "ours", model, tokenizer, config={})
+    hf.export(here / "ours", here / "theirs")
+    path = here / "theirs/config.json"
+    path.write_text(path.read_text().replace('"gelu_new"', '"gelu_pytorch_tanh"'))
+    shape = lora.shape_of(here / "theirs")
+    assert shape == hf.load_pretrained(here / "theirs")[0].config
+    assert (shape.activation_function, shape.bias) == ("gelu_new", False)
 
 
 def test_context_may_be_shorter_than_that_of_the_base(base, here, capsys):

@@ -13,9 +13,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from commands import exit_code
 
 from model import files
-from model.cli import UserError, run
+from model.cli import UserError
 from model.report import __main__ as command
 from model.report import charts, compare, history
 from model.report import page as report
@@ -105,11 +106,7 @@ def points(curve):
 
 
 def call(*argv) -> int:
-    try:
-        run(command.main, command.ReportConfig, prog="report", argv=[str(arg) for arg in argv])
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
+    return exit_code(command.main, command.ReportConfig, *argv)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import exit_code
 
 from model import cli
 from model.cli import LiveLine, UserError
@@ -526,11 +527,7 @@ def test_long_checks_tell_the_time_left(tmp_path, fineweb, monkeypatch, capsys):
 
 
 def call(*args) -> int:
-    try:
-        cli.run(data_command.main, data_command.Command, prog="python -m model.data", argv=[str(arg) for arg in args])
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
+    return exit_code(data_command.main, data_command.Command, *args)
 
 
 def test_prepare_and_show(tmp_path, capsys):

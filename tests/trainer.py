@@ -6,9 +6,10 @@ import json
 import shlex
 from pathlib import Path
 
+from commands import exit_code
+
 import train
 from model import checkpoint
-from model.cli import run
 from model.training.options import ALIASES, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -23,18 +24,8 @@ SMALL = shlex.split("""
 
 def call(*argv) -> int:
     """The exit code of `python train.py ARGV`, in this process."""
-    try:
-        run(
-            train.main,
-            TrainConfig,
-            prog="train.py",
-            default=train.default_config,
-            aliases=ALIASES,
-            argv=[str(arg) for arg in argv],
-        )
-    except SystemExit as exit_:
-        return exit_.code
-    return 0
+    options = {"default": train.default_config, "aliases": ALIASES}
+    return exit_code(train.main, TrainConfig, *argv, prog="train.py", **options)
 
 
 def rows(folder: Path) -> list[dict]:
