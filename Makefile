@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test slow lint format gpu static fuzz mutants faults llama clean
+.PHONY: help train test slow lint format gpu static fuzz mutants faults llama notebooks notebooks-run clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,8 @@ help:
 	@echo "make mutants  break the kernels one line at a time; the tests must fail each time"
 	@echo "make faults   kill a training run at 50 random moments, fill its disk, damage its checkpoints"
 	@echo "make llama    prove the ids of GGUF files in llama.cpp, installed by npm; RUN=runs/first-run proves that run too"
+	@echo "make notebooks       open the notebooks in JupyterLab"
+	@echo "make notebooks-run   run the notebooks and save them with their outputs"
 	@echo "make lint     check format, lint and types"
 	@echo "make format   reformat the source"
 	@echo "make clean    remove .venv and caches"
@@ -68,6 +70,12 @@ $(LLAMA)/.made-$(LLAMA_VERSION):
 
 llama: $(VENV)/.with-test $(LLAMA)/.made-$(LLAMA_VERSION)
 	@LLAMA=$(LLAMA) RUN=$(RUN) $(BIN)/python -m pytest -q -m long tests/test_llama.py $(ARGS)
+
+notebooks: $(VENV)/.with-notebooks
+	@$(BIN)/jupyter lab notebooks $(ARGS)
+
+notebooks-run: $(VENV)/.with-notebooks
+	@$(BIN)/python notebooks/regenerate.py $(ARGS)
 
 lint: $(VENV)/.with-lint
 	@$(BIN)/ruff format --check .
