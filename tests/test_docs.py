@@ -11,6 +11,7 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -92,6 +93,8 @@ MAKE = {  # what a target runs; the rest is installation
     "mutants": "python tests/mutants.py",
     "faults": "python -m pytest -q -m long tests/test_faults.py",
     "llama": "python -m pytest -q -m long tests/test_llama.py",
+    "notebooks": "jupyter lab notebooks",
+    "notebooks-run": "python notebooks/regenerate.py",
     "lint": "ruff check",
     "format": "ruff format",
 }
@@ -254,7 +257,7 @@ def test_links_resolve(readme):
     for target in re.findall(r"\]\(([^)\s]+)\)", READMES[readme]):
         if target.startswith("http"):
             continue
-        name, _, anchor = target.partition("#")
+        name, _, anchor = unquote(target).partition("#")
         path = ((ROOT / readme).parent / name).resolve() if name else ROOT / readme
         assert path.exists(), target
         if anchor:
