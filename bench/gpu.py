@@ -1,7 +1,8 @@
 """Everything about one GPU in a few minutes: the work in order of importance, inside a budget that it keeps.
 
 Each job has a cap, in seconds. It starts while the budget has that much left, and stops after the group in which it
-reaches its cap or the deadline. The report names what was skipped, and is on disk after every group.
+reaches its cap or the deadline; one that does not answer is stopped. The report names what was skipped, and is on
+disk after every group.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import json
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from bench import command, peers, roofline
 from bench.generate import Generate
 from bench.kernels import Kernels, proof_failure
 from bench.record import CONTROL, Report, Row, dtype_name
-from bench.timing import error_line
+from bench.supervise import Budget, Job, supervise
 from bench.train_step import PROVIDERS, Train
 from kernels import _check
 from kernels._backend import device_problem
@@ -37,6 +38,8 @@ from model.files import write_atomic
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 COMPILE_SHARE, PROOF_SHARE = 0.25, 0.35  # of the time left, at most: a borrowed GPU is for the measurements too
+CHECK = "the check of the kernels"
+NO_ROOFS = roofline.Roofs({1: 0.0}, {})  # where they could not be measured: no share of a floor
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Gpu:
         out = self.out or Path("runs") / f"gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         report = command.start_report(device, out / "report.json")
         out.mkdir(parents=True, exist_ok=True)
-        result = run_all(device, report, out, budget)
+        result = run_all(report, out, budget)
         command.write_pages([report], out)
         print("\n".join(summary(report, result)))
         print(f"reports in {out} after {budget.seconds - budget.left:.0f} s")
@@ -65,55 +68,6 @@ def _device() -> torch.device:
     if problem := device_problem("cuda", 0) if torch.cuda.is_available() else none:
         raise UserError(f"make gpu needs an NVIDIA GPU of compute capability 8.0 or newer: {problem}")
     return torch.device("cuda", 0)
-
-
-class Budget:
-    """So many seconds from now."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.seconds, self.clock = seconds, clock
-        self.deadline = clock() + seconds
-
-    @property
-    def left(self) -> float:
-        """Seconds to the deadline; negative after it."""
-        return self.deadline - self.clock()
-
-    def part(self, seconds: float) -> Budget:
-        """A budget of its own, which ends with this one at the latest."""
-        return Budget(min(seconds, self.left), self.clock)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A part of the work."""
-
-    name: str
-    cap: float  # seconds that it may take
-    run: Callable[[], Iterator[list[Row]]]  # yields the rows of each group
-
-
-def run_jobs(jobs: list[Job], report: Report, path: Path, budget: Budget) -> None:
-    """Run the jobs in order, and write the report after each group. What fails or finds no time is in `dropped`."""
-    for job in jobs:
-        left = f"{max(budget.left, 0):.0f} s left"
-        if job.cap > budget.left:
-            report.dropped.append(job.name)
-            print(f"dropped, {left}: {job.name}", flush=True)
-            continue
-        print(f"[{left}] {job.name}", flush=True)
-        own = budget.part(job.cap)
-        try:
-            for rows in job.run():
-                report.rows += rows
-                report.write(path)
-                if own.left < 0:
-                    report.dropped.append(f"{job.name}: from here on")
-                    break
-        except Exception as error:  # one broken part must not cost the rest of a borrowed hour
-            report.dropped.append(f"{job.name}: {error_line(error)}")
-            print(f"failed: {job.name}: {error_line(error)}", flush=True)
-    report.write(path)
 
 
 def _compile_case(name: str, dtype: torch.dtype, index: int, arch: int) -> int:
@@ -143,24 +97,71 @@ def compile_all(arch: int, dtypes: list[torch.dtype], budget: Budget) -> tuple[i
     return len(done), len(jobs)
 
 
-def run_all(device: torch.device, report: Report, out: Path, budget: Budget) -> _check.CheckResult:
+def run_all(report: Report, out: Path, budget: Budget) -> _check.CheckResult:
     """Proof, then measurements, into out/check.json and out/report.json."""
-    print("\n".join(_check.describe()))
-    done, cases = compile_all(arch_of(device), DTYPES, budget.part(COMPILE_SHARE * budget.left))
-    print(f"compiled what {done} of {cases} cases launch; {budget.left:.0f} s left", flush=True)
-    proof = budget.part(PROOF_SHARE * budget.left)
-    result = _check.check(list(all_specs()), DTYPES, device, out_of_time=lambda: proof.left < 0)
-    write_atomic(out / "check.json", json.dumps(result.as_dict(), indent=1) + "\n")
-    print("\n".join(result.report()), flush=True)
-    report.method["check"] = result.line()
-    roofs = roofline.measure(device, DTYPES)
-    report.method |= {"roofs": roofs.as_dict(), "peers": peers.NOTES}
-    run_jobs(plan(device, result, roofs, report), report, out / "report.json", budget)
-    return result
+    print("\n".join(_check.describe()), flush=True)
+    check: list[_check.CheckResult] = []
+    roofs: list[roofline.Roofs] = []
+
+    def accept(result: _check.CheckResult | roofline.Roofs | Measured) -> None:
+        if isinstance(result, _check.CheckResult):
+            check.append(result)
+            write_atomic(out / "check.json", json.dumps(result.as_dict(), indent=1) + "\n")
+            report.method["check"] = result.line()
+            print("\n".join(result.report()), flush=True)
+        elif isinstance(result, roofline.Roofs):
+            roofs.append(result)
+            report.method |= {"roofs": result.as_dict(), "peers": peers.NOTES}
+        else:
+            report.rows += result.rows
+            report.missing |= result.missing
+        report.write(out / "report.json")
+
+    report.dropped += supervise(functools.partial(preparations, budget), budget, accept)
+    if not check:  # then each kernel is proven on its own before it is timed
+        why = next((line for line in report.dropped if line.startswith(CHECK)), f"{CHECK}: no result")
+        check.append(_check.CheckResult([], [why], set(), 0, 0.0, report.device))
+    report.dropped += supervise(functools.partial(plan, check[0], roofs[0] if roofs else NO_ROOFS), budget, accept)
+    report.write(out / "report.json")
+    return check[0]
 
 
-def plan(device: torch.device, result: _check.CheckResult, roofs: roofline.Roofs, report: Report) -> list[Job]:
+def preparations(budget: Budget) -> list[Job]:
+    """What comes before the measurements: every kernel compiled and proven, and what the device can do."""
+    device, left = _device(), budget.left
+    proof = PROOF_SHARE * (1 - COMPILE_SHARE) * left
+
+    def compile_ahead() -> Iterator[Any]:
+        done, cases = compile_all(arch_of(device), DTYPES, budget.part(COMPILE_SHARE * left))
+        print(f"compiled what {done} of {cases} cases launch; {budget.left:.0f} s left", flush=True)
+        yield from ()
+
+    def prove() -> Iterator[Any]:
+        own = budget.part(proof)
+        yield _check.check(list(all_specs()), DTYPES, device, out_of_time=lambda: own.left < 0)
+
+    def measure_roofs() -> Iterator[Any]:
+        yield roofline.measure(device, DTYPES)
+
+    return [
+        Job("compiling the kernels", COMPILE_SHARE * left, compile_ahead),
+        Job(CHECK, proof, prove),
+        Job("the device's roofs", 20, measure_roofs),
+    ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A group of a measurement: its rows, and who is missing so far, with the reason."""
+
+    rows: list[Row]
+    missing: dict[str, str]
+
+
+def plan(result: _check.CheckResult, roofs: roofline.Roofs) -> list[Job]:
     """The measurements, the most telling first: what is dropped is dropped from the end."""
+    device = _device()
+    report = Report.start(device)  # takes notes of who is missing
     proven = {(row.kernel, row.case_dtype) for row in result.comparisons} - result.failed
 
     def gate(spec: KernelSpec, dtype: torch.dtype) -> str:
@@ -168,20 +169,27 @@ def plan(device: torch.device, result: _check.CheckResult, roofs: roofline.Roofs
             return "not timed: its proof failed (check.json)"
         return "" if (spec.name, dtype) in proven else proof_failure(spec, dtype, device)
 
+    def job(name: str, cap: float, groups: Callable[[], Iterator[list[Row]]]) -> Job:
+        def run() -> Iterator[Measured]:
+            for rows in groups():
+                yield Measured(rows, dict(report.missing))
+
+        return Job(name, cap, run)
+
     def kernel(name: str, dtype: torch.dtype, part: slice = slice(1)) -> Job:
         timed, what = dtype_name(dtype), "other cases" if part.start else "first case"
         measurement = Kernels(op=(name,), dtype=(timed,), seconds=0.15)  # type: ignore[arg-type]
         run = functools.partial(measurement.run, device, report, roofs, part=part, gate=gate)
-        return Job(f"{name} {timed}, {what}", 30, run)
+        return job(f"{name} {timed}, {what}", 30, run)
 
     def train(batch: int, cap: float, providers: tuple[str, ...]) -> Job:
         step = Train(batch=(batch,), dtype="bfloat16", provider=providers, seconds=2.0)
         name = f"training gpt2, batch {batch}: {', '.join(providers)}"
-        return Job(name, cap, functools.partial(step.groups, device, report))
+        return job(name, cap, functools.partial(step.groups, device, report))
 
     def write(batch: int) -> Job:
         texts = Generate(batch=(batch,), dtype="bfloat16", seconds=1.5)
-        return Job(f"generation gpt2, batch {batch}", 30, functools.partial(texts.groups, device, report))
+        return job(f"generation gpt2, batch {batch}", 30, functools.partial(texts.groups, device, report))
 
     names = list(all_specs())
     core = ("eager", "compile", "triton", "triton+graph", "trainer", "hf")

@@ -6,6 +6,7 @@ Every function here runs anywhere: `use_backend` chooses how, `python -m kernels
 
 from ._backend import use_backend
 from ._dispatch import check_backend
+from ._machine import gpu_problem
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
 from .cross_entropy import cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "check_backend",
     "cross_entropy",
     "decode_attention",
+    "gpu_problem",
     "layer_norm",
     "linear_cross_entropy",
     "linear_gelu",

@@ -11,7 +11,9 @@ from typing import NoReturn
 import torch
 
 from ._backend import device_problem
-from ._check import check, describe, this_device
+from ._check import check, describe
+from ._dispatch import kernel_problem
+from ._machine import this_device
 from ._registry import all_specs
 from ._triton import HAS_TRITON, INTERPRET
 
@@ -39,12 +41,21 @@ def _fail(message: str) -> int:
     return 2
 
 
+def _compile_all() -> int:
+    """Where there is a GPU that runs Triton: compile every kernel for it, and say which do not."""
+    if this_device().type == "cuda" and device_problem("cuda", 0) is None:
+        for name in all_specs():
+            problem = kernel_problem(name, torch.bfloat16, 0)
+            print(f"{name:<22} {f'eager: {problem}' if problem else 'triton'}", flush=True)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 fine, 1 a kernel is wrong, 2 the check cannot run."""
     args = _parse(argv)
     if args.command is None:
-        print("\n".join(describe()))
-        return 0
+        print("\n".join(describe()), flush=True)
+        return _compile_all()
     device = this_device()
     problem = device_problem(device.type, 0 if device.type == "cuda" else None)
     if problem is not None and HAS_TRITON and device.type == "cpu":

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
+from ._machine import build_problem
 from ._registry import all_specs
 from ._triton import HAS_TRITON, INTERPRET
 
@@ -67,4 +68,4 @@ def device_problem(device_type: str, device_index: int | None = None) -> str | N
     capability = torch.cuda.get_device_capability(device_index)
     if capability < MIN_CAPABILITY:
         return "the GPU has compute capability {}.{} and Triton needs 8.0 or newer".format(*capability)
-    return None
+    return build_problem()

@@ -1,6 +1,5 @@
 """The check of `python -m kernels check`: every kernel, in every family of cases, against float64 on this machine."""
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,36 +9,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from . import _machine
 from ._backend import device_problem
+from ._machine import this_device
 from ._proof import FAMILIES, Comparison, prove_family
 from ._registry import Case, all_specs
-from ._triton import HAS_TRITON, INTERPRET, triton
-
-
-def this_device() -> torch.device:
-    """The device that is checked: a GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def describe() -> list[str]:
-    """A few lines: device, versions, the backend that "auto" picks and the reason."""
-    python = f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    lines = [f"{python}, torch {torch.__version__}, {f'triton {triton.__version__}' if HAS_TRITON else 'no triton'}"]
-    if this_device().type == "cuda":
-        problem = device_problem("cuda", 0)
-        for i in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(i)
-            lines.append(
-                f"cuda:{i} {gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
-                f"{gpu.multi_processor_count} multiprocessors, {gpu.total_memory / 2**20:,.0f} MiB"
-            )
-    else:
-        problem = "there is no CUDA device"
-        lines.append(f"no CUDA device; CPU with {torch.get_num_threads()} threads")
-    if INTERPRET:
-        lines.append("TRITON_INTERPRET=1: the kernels are interpreted, one program after the other, by NumPy")
-    lines.append("backend auto picks: " + (f"eager, because {problem}" if problem else "triton"))
-    return [*lines, f"kernels: {', '.join(all_specs())}"]
+    """What this machine runs, and why, line by line."""
+    problem = device_problem("cuda", 0) if this_device().type == "cuda" else None
+    return [*_machine.describe(problem), f"kernels: {', '.join(all_specs())}"]
 
 
 def _case_text(case: Case) -> str:

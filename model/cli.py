@@ -71,12 +71,26 @@ def run(
 
 
 def pick_device(device: str) -> str:
-    """What "auto" stands for here, "cuda" or "cpu". Raises UserError for a "cuda" that is not there."""
-    import torch  # here, as some commands need no torch and its import takes seconds
+    """What "auto" stands for here, "cuda" or "cpu". Raises UserError for a "cuda" that is not there.
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA device on this machine: use --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    Where "auto" passes over an NVIDIA GPU that torch cannot use, a line on stderr says why.
+    """
+    if device == "cpu":
+        return device
+    import torch
+
+    from kernels import gpu_problem  # here, as some commands need no torch and its import takes seconds
+
+    problem = gpu_problem()
+    if torch.cuda.is_available() and problem is None:
+        return "cuda"
+    if device == "cuda":
+        raise UserError(
+            f"torch finds no CUDA device that it can use: {problem + '; or ' if problem else ''}use --device cpu"
+        )
+    if problem:
+        print(f"note: this machine's NVIDIA GPU is not used: {problem}", file=sys.stderr)
+    return "cpu"
 
 
 def explain(error: OSError) -> str | None:

@@ -1,11 +1,15 @@
 """`python -m bench gpu`: the budget, the proof before the measurements, and the summary."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 from reports import CPU, make_report, make_row, refusal
 
 from bench import __main__ as bench_main
-from bench import gpu, roofline
+from bench import gpu, roofline, supervise
 from bench.record import Report, Row
 from kernels import _check, _proof
 from kernels._registry import all_specs
@@ -29,64 +33,133 @@ def _jobs(clock, *costs, cap=10):
                 clock.now += cost / 2
                 yield [make_row(f"{i}.{part}")]
 
-        return gpu.Job(f"job {i}", cap, run)
+        return supervise.Job(f"job {i}", cap, run)
 
     return [job(i, cost) for i, cost in enumerate(costs)]
 
 
-def _carried_out(tmp_path, jobs, clock, seconds):
-    report = make_report()
-    gpu.run_jobs(jobs, report, tmp_path / "r.json", gpu.Budget(seconds, clock))
-    assert Report.read(tmp_path / "r.json").rows == report.rows
-    return report
+def _in_process(make_jobs, budget, accept):
+    """supervise() without a process: for jobs that neither hang nor die."""
+    dropped, takers = [], {"result": accept, "dropped": lambda line: dropped.append(line)}
+    supervise.work(lambda message: takers.get(message[0], bool)(message[1]), make_jobs(), 0, budget)
+    return dropped
 
 
-def test_budget_drops_the_last_jobs(tmp_path, capsys):
+def _carried_out(jobs, clock, seconds):
+    """The providers of the rows, and what was dropped."""
+    results = []
+    dropped = _in_process(lambda: jobs, supervise.Budget(seconds, clock), results.append)
+    return [row.provider for rows in results for row in rows], dropped
+
+
+def test_budget_drops_the_last_jobs(capsys):
     clock = Clock()
-    report = _carried_out(tmp_path, _jobs(clock, 10, 10, 10, 10), clock, 30)
-    assert [row.provider for row in report.rows] == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
-    assert report.dropped == ["job 3"] and clock.now == 30
+    rows, dropped = _carried_out(_jobs(clock, 10, 10, 10, 10), clock, 30)
+    assert rows == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"]
+    assert dropped == ["job 3"] and clock.now == 30
     assert capsys.readouterr().out.splitlines()[-1] == "dropped, 0 s left: job 3"
 
 
-def test_slow_job_stops_at_its_cap(tmp_path):
+def test_slow_job_stops_at_its_cap():
     clock = Clock()
-    report = _carried_out(tmp_path, _jobs(clock, 40, 4, 40, 4), clock, 60)
+    rows, dropped = _carried_out(_jobs(clock, 40, 4, 40, 4), clock, 60)
     # 20 s a group: the first job stops after its first, the third too, and the fourth still has the 10 s of its cap
-    assert [row.provider for row in report.rows] == ["0.0", "1.0", "1.1", "2.0", "3.0", "3.1"]
-    assert report.dropped == ["job 0: from here on", "job 2: from here on"] and clock.now == 48
+    assert rows == ["0.0", "1.0", "1.1", "2.0", "3.0", "3.1"]
+    assert dropped == ["job 0: from here on", "job 2: from here on"] and clock.now == 48
 
 
-def test_job_past_the_deadline_stops_after_its_group(tmp_path):
+def test_job_past_the_deadline_stops_after_its_group():
     clock = Clock()
-    report = _carried_out(tmp_path, _jobs(clock, 100, 1, cap=45), clock, 45)
-    assert [row.provider for row in report.rows] == ["0.0"]
-    assert report.dropped == ["job 0: from here on", "job 1"] and clock.now == 50
+    rows, dropped = _carried_out(_jobs(clock, 100, 1, cap=45), clock, 45)
+    assert rows == ["0.0"]
+    assert dropped == ["job 0: from here on", "job 1"] and clock.now == 50
 
 
-def test_broken_job_spares_the_others(tmp_path):
+def test_broken_job_spares_the_others():
     clock = Clock()
 
     def broken():
         yield [make_row("before")]
         raise RuntimeError("no such kernel\nand more")
 
-    jobs = [gpu.Job("broken", 1, broken), *_jobs(clock, 1)]
-    report = _carried_out(tmp_path, jobs, clock, 60)
-    assert [row.provider for row in report.rows] == ["before", "0.0", "0.1"]
-    assert report.dropped == ["broken: RuntimeError: no such kernel"]
+    rows, dropped = _carried_out([supervise.Job("broken", 1, broken), *_jobs(clock, 1)], clock, 60)
+    assert rows == ["before", "0.0", "0.1"]
+    assert dropped == ["broken: RuntimeError: no such kernel"]
 
 
-def test_kill_keeps_finished_groups(tmp_path):
-    clock = Clock()
+def _bad_day():
+    """The jobs of a bad day, for a child process: `lost` is what an illegal memory access does to a process."""
 
-    def killed():
-        yield [make_row("kept")]
+    def fine():
+        yield os.getpid()
+
+    def raises():
+        yield os.getpid()
+        raise RuntimeError("no such kernel")
+
+    def out_of_memory():
+        raise torch.cuda.OutOfMemoryError("tried to allocate 90 GiB")
+        yield
+
+    def hangs():
+        yield os.getpid()
+        time.sleep(1000)
+
+    def dies():
+        os.kill(os.getpid(), signal.SIGSEGV)
+        yield
+
+    def lost():
+        def synchronize():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, synchronize
+        yield os.getpid()
+        synchronize()
+
+    caps = {hangs: 1}
+    jobs = (raises, fine, out_of_memory, hangs, fine, dies, lost, fine)
+    return [supervise.Job(job.__name__, caps.get(job, 60), job) for job in jobs]
+
+
+@pytest.mark.slow  # four processes import torch, one after the other
+def test_bad_day_costs_the_bad_jobs_alone(monkeypatch):
+    monkeypatch.setattr(supervise, "PATIENCE", 0.0)
+    results = []
+    dropped = supervise.supervise(_bad_day, supervise.Budget(3600), results.append)
+    assert dropped == [
+        "raises: RuntimeError: no such kernel",
+        "out_of_memory: OutOfMemoryError: tried to allocate 90 GiB",
+        "hangs: stopped, as it did not answer",
+        "dies: its process ended: SIGSEGV",
+        "lost: RuntimeError: CUDA error: an illegal memory access was encountered",
+    ]
+    one, two, three, four, five, six = results  # raises, fine, hangs | fine | lost | fine
+    assert one == two == three != four != five != six and os.getpid() not in results
+
+
+def _nothing_starts():
+    os._exit(3)
+
+
+@pytest.mark.slow
+def test_child_that_cannot_start_ends_the_work():
+    dropped = supervise.supervise(_nothing_starts, supervise.Budget(3600), print)
+    assert dropped == ["the first job: its process ended: exit code 3"]
+
+
+@pytest.mark.slow
+def test_interrupt_stops_the_child():
+    pids = []
+
+    def accept(pid):
+        pids.append(pid)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        gpu.run_jobs([gpu.Job("k", 1, killed)], make_report(), tmp_path / "r.json", gpu.Budget(60, clock))
-    assert [row.provider for row in Report.read(tmp_path / "r.json").rows] == ["kept"]
+        supervise.supervise(_bad_day, supervise.Budget(3600), accept)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
 
 
 def _verdict(red=()):
@@ -117,6 +190,8 @@ def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
         yield [Row("generate", {"batch": self.batch[0]}, "triton", "events", (0.1,))]
 
     monkeypatch.setattr(gpu, "_device", lambda: CPU)
+    monkeypatch.setattr(gpu, "arch_of", lambda device: 90)
+    monkeypatch.setattr(gpu, "supervise", _in_process)
     monkeypatch.setattr(gpu.Budget.__init__, "__defaults__", (clock,))
     monkeypatch.setattr(gpu, "compile_all", lambda *a: (3, 3))
     monkeypatch.setattr(gpu._check, "check", lambda *a, **k: _verdict(red))
@@ -147,6 +222,30 @@ def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
     assert len(summary) < 60 and "triton" in out and "best other eager" in out
     assert "[120 s left] training gpt2, batch 64" in out
     assert refusal(argv, capsys).endswith("name another file, or move that one away\n")
+
+
+def test_without_a_check_each_kernel_is_proven_before_it_is_timed(tmp_path, monkeypatch):
+    """And the command still fails: the proof is what it is for."""
+    asked = []
+    monkeypatch.setattr(gpu, "_device", lambda: CPU)
+    monkeypatch.setattr(gpu, "proof_failure", lambda spec, dtype, device: asked.append(spec.name) or "it hangs")
+
+    def kernels_run(self, device, report, roofs, *, part, gate):
+        report.missing["liger"] = "not installed"
+        gate(all_specs()[self.op[0]], getattr(torch, self.dtype[0]))
+        yield [make_row("eager")]
+
+    def supervised(make_jobs, budget, accept):
+        if make_jobs.func is gpu.preparations:
+            return [f"{gpu.CHECK}: stopped, as it did not answer"]
+        return _in_process(lambda: [job for job in make_jobs() if "first case" in job.name], budget, accept)
+
+    monkeypatch.setattr(gpu.Kernels, "run", kernels_run)
+    monkeypatch.setattr(gpu, "supervise", supervised)
+    result = gpu.run_all(make_report(), tmp_path, supervise.Budget(3600))
+    assert result.failures == [f"{gpu.CHECK}: stopped, as it did not answer"] and set(asked) == set(all_specs())
+    report = Report.read(tmp_path / "report.json")
+    assert report.dropped == result.failures and report.missing == {"liger": "not installed"} and report.rows
 
 
 def test_summary_stays_short():

@@ -291,15 +291,17 @@ def test_wrong_cache_is_refused(task, monkeypatch):
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_wrong_cache_in_few_bits_is_refused(weights, task, monkeypatch):
     model = generate._model(GPTConfig(**SMALL), torch.float32, CPU, weights)
-    task = replace(task, model=model, lengths=[5, 3, 1], low={weights: model})
+    task = replace(
+        task, model=generate._model(GPTConfig(**SMALL), torch.float32, CPU), lengths=[5, 3, 1], low={weights: model}
+    )
     ids = generate._writer(weights, task)(10, generate._nothing).clone()
-    generate._check_likeliest(model, task.texts(), ids)
+    generate._check_likeliest(model, task.model, task.texts(), ids)
     write = KVCache.write
     scale = torch.tensor([1.0, 0.5])[:, None, None]  # the values are wrong
     monkeypatch.setattr(KVCache, "write", lambda self, layer, kv: write(self, layer, kv * scale))
     ids = generate._writer(weights, task)(10, generate._nothing)
     with pytest.raises(Refused, match="writes another text: token"):
-        generate._check_likeliest(model, task.texts(), ids)
+        generate._check_likeliest(model, task.model, task.texts(), ids)
 
 
 def test_wrong_text_is_not_timed(monkeypatch):
@@ -315,7 +317,7 @@ def test_near_tie_is_accepted(dtype, task):
     """A token whose row of the table is all but that of the likeliest one is as likely; one further off is not."""
     model = generate._model(GPTConfig(**SMALL), dtype, CPU)
     prompt = task.prompt[:1]
-    likeliest = int(generate._logits(model, prompt[0]).argmax())
+    likeliest = int(generate._logits(model, prompt[0])[-1].argmax())
     twin = next(i for i in range(61) if i != likeliest and i not in prompt)
     weight = model.transformer.wte.weight.data
     expected, ids = torch.tensor([[likeliest, 1, 2]]), torch.tensor([[twin, 7, 8]])

@@ -17,6 +17,7 @@ import pytest
 import torch
 import tyro
 
+import kernels
 from model.cli import LiveLine, UserError, explain, pick_device, run
 
 ROOT = Path(__file__).parents[1]
@@ -192,12 +193,25 @@ def test_what_the_terminal_cannot_show_is_replaced():
     assert (done.returncode, done.stdout, done.stderr) == (0, b"?" * 70 + b"\n", b"")
 
 
-def test_pick_device(monkeypatch):
+def test_pick_device(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "gpu_problem", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [pick_device(name) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [pick_device(name) for name in ("auto", "cpu")] == ["cpu", "cpu"]
-    with pytest.raises(UserError, match="--device cpu"):
+    with pytest.raises(UserError, match=": use --device cpu"):
+        pick_device("cuda")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("available", [False, True])  # True: torch sees it, and has no code for it
+def test_gpu_that_torch_cannot_use_is_passed_over_with_a_word(available, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "gpu_problem", lambda: "its driver is too old")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert pick_device("auto") == "cpu"
+    assert capsys.readouterr().err == "note: this machine's NVIDIA GPU is not used: its driver is too old\n"
+    assert pick_device("cpu") == "cpu" and capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="its driver is too old; or use --device cpu"):
         pick_device("cuda")
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from kernels import gpu_problem
 from model import config, lora
 from model.cli import UserError
 from model.config import GPTConfig
@@ -331,7 +332,7 @@ def default_config(args: list[str]) -> TrainConfig:
     elif name := _option(args, "--preset"):
         cfg = preset(name)
     else:
-        has_gpu = torch.cuda.is_available() and _option(args, "--device") != "cpu"
+        has_gpu = _option(args, "--device") != "cpu" and torch.cuda.is_available() and gpu_problem() is None
         cfg = preset("gpt2-first-run" if has_gpu else "first-run")
     if (init := _option(args, "--init")) and not folder:
         shape = lora.shape_of(Path(init))
