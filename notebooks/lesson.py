@@ -34,20 +34,19 @@ STYLE = {
     "legend.frameon": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
+matplotlib.rcParams.update(STYLE)  # also for what is drawn into a figure later
 
 
 def figure(width: float = 7.0, height: float = 2.6, columns: int = 1, rows: int = 1, **options: Any) -> Any:
     """(Figure, axes) as of plt.subplots, transparent and readable in light and dark. width, height: inches in all."""
-    with matplotlib.rc_context(STYLE):
-        fig = Figure(figsize=(width, height), layout="constrained")
-        return fig, fig.subplots(rows, columns, **options)
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(rows, columns, **options)
 
 
 def show(fig: Figure, alt: str) -> None:
     """Display a figure as a PNG. alt: what it shows, for readers who cannot see it and for the tests."""
     png = BytesIO()
-    with matplotlib.rc_context(STYLE):
-        fig.savefig(png, format="png", dpi=110)
+    fig.savefig(png, format="png", dpi=110)
     data = {"image/png": png.getvalue(), "text/plain": alt}
     display(data, raw=True, metadata={"image/png": {"alt": alt}})
 

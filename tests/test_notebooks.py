@@ -118,7 +118,10 @@ def test_pictures_have_alternative_text(name):
 
 def test_names_defined_in_place_are_taught_there_and_exist_nowhere_else():
     source_names = set()
-    for path in [ROOT / "train.py", *(p for folder in ("kernels", "model", "bench") for p in (ROOT / folder).rglob("*.py"))]:
+    for path in [
+        ROOT / "train.py",
+        *(p for folder in ("kernels", "model", "bench") for p in (ROOT / folder).rglob("*.py")),
+    ]:
         source_names |= _defined(ast.parse(path.read_text()))
     places = Counter()
     for name in NAMES:
@@ -142,7 +145,12 @@ def test_figures_in_the_text_are_those_of_the_code(name):
     cells = NOTEBOOKS[name].cells
     known = "\n".join(cell.source + "\n" + _text(cell.outputs) for cell in cells if cell.cell_type == "code")
     for cell in _cells(name, kind="markdown"):
-        prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv[: ]\S+|\((19|20)\d\d\)", " ", cell.source, flags=re.DOTALL)
+        prose = re.sub(
+            r"```.*?```|`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv[: ]\S+|\((19|20)\d\d\)",
+            " ",
+            cell.source,
+            flags=re.DOTALL,
+        )
         missing = _figures(prose) - _figures(known)
         assert not missing, f"{name}: {sorted(missing)} in: {cell.source[:100]}"
 
