@@ -6,6 +6,7 @@ the project is published: `Repository` under [project.urls] in pyproject.toml; w
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -69,9 +70,12 @@ def prepare(notebook: NotebookNode, name: str, address: str | None) -> None:
 
 
 def execute(notebook: NotebookNode, folder: Path = FOLDER) -> None:
-    """Run all cells in a new kernel, in `folder`. The first error is raised: CellExecutionError."""
+    """Run all cells in a new kernel, in `folder`, without a GPU: outputs are the same everywhere.
+
+    The first error is raised: CellExecutionError.
+    """
     client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": folder}})
-    client.execute()
+    client.execute(env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = _joined(cell.outputs)
