@@ -1,8 +1,7 @@
-"""Wrong solutions of the notebooks' exercises: (code, a part of the message that it gets), by exercise."""
+"""Wrong solutions of notebook 1's exercises: (code, a part of the message that it gets), by exercise."""
 
 WRONG: dict[str, list[tuple[str, str]]] = {}
 
-# 1. Tokenization
 
 WRONG["1.1"] = [
     (
