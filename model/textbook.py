@@ -39,7 +39,7 @@ class SimpleTokenizerV1:
 
 
 class SimpleTokenizerV2(SimpleTokenizerV1):
-    """The same, with an id for every unknown word and one that separates texts."""
+    """The same, with one id that all unknown words share, and one that separates texts."""
 
     def __init__(self, vocab: dict[str, int]) -> None:
         special = ("<|unk|>", "<|endoftext|>")

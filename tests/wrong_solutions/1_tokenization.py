@@ -2,6 +2,7 @@
 
 WRONG: dict[str, list[tuple[str, str]]] = {}
 
+# 1. Tokenization
 
 WRONG["1.1"] = [
     (
@@ -89,6 +90,40 @@ def merge_once(ids, pair, new_id):
 """,
         "a slice of a list is a list",
     ),
+    (
+        """
+def merge_once(ids, pair, new_id):
+    merged, i = [], 0
+    while i < len(ids):
+        if ids[i] == pair[0] and ids[i + 1] == pair[1]:
+            merged.append(new_id)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+""",
+        "the last id has no right neighbour",
+    ),
+    (
+        """
+def merge_once(ids, pair, new_id):
+    ids = list(ids)
+    for i in range(len(ids) - 1):
+        if (ids[i], ids[i + 1]) == pair:
+            ids[i : i + 2] = [new_id]
+    return ids
+""",
+        "a list that is shortened in its own loop ends early",
+    ),
+    (
+        """
+def merge_once(ids, pair, new_id):
+    text = " ".join(str(i) for i in ids)
+    return [int(i) for i in text.replace(f"{pair[0]} {pair[1]}", str(new_id)).split()]
+""",
+        "not the digits of a string",
+    ),
 ]
 WRONG["1.2"] = [
     (
@@ -125,6 +160,13 @@ def text_of(ids, tokens):
     return "".join(chr(byte) for i in ids for byte in tokens[i])
 """,
         "are you decoding as UTF-8?",
+    ),
+    (
+        """
+def text_of(ids, tokens):
+    return "".join(tokens[i].decode("utf-8") for i in ids)
+""",
+        "join all bytes, then decode once",
     ),
 ]
 WRONG["1.3"] = [
@@ -169,6 +211,28 @@ def cut_windows(ids, T, stride):
     return [(ids[i : i + T], ids[i + 1 : i + T + 1]) for i in range(0, len(ids) - T, T)]
 """,
         "the step is the stride",
+    ),
+    (
+        """
+def cut_windows(ids, T, stride):
+    return [(ids[i : i + T], ids[i + T]) for i in range(0, len(ids) - T, stride)]
+""",
+        "a target has T ids, like the input",
+    ),
+    (
+        """
+def cut_windows(ids, T, stride):
+    starts = range(0, len(ids) - T, stride)
+    return [ids[i : i + T] for i in starts], [ids[i + 1 : i + T + 1] for i in starts]
+""",
+        "zip(inputs, targets) makes pairs",
+    ),
+    (
+        """
+def cut_windows(ids, T, stride):
+    return [ids[i : i + T + 1] for i in range(0, len(ids) - T, stride)]
+""",
+        "make a pair (input, target) of each window",
     ),
 ]
 WRONG["1.4"] = [
@@ -220,5 +284,26 @@ def tokens_and_positions(x, wte, wpe):
     return wte[x] + wpe[: x.shape[0]]
 """,
         "do you take T rows of wpe, and not B?",
+    ),
+    (
+        """
+def tokens_and_positions(x, wte, wpe):
+    return wte(x) + wpe(torch.arange(x.shape[1]))
+""",
+        "the tables are plain tensors here",
+    ),
+    (
+        """
+def tokens_and_positions(x, wte, wpe):
+    return wte[x] + wpe.weight[: x.shape[1]]
+""",
+        "the tables are plain tensors here",
+    ),
+    (
+        """
+def tokens_and_positions(x, wte, wpe):
+    return wte[x] + wpe[x.shape[1]]
+""",
+        "one row of wpe was added at all positions",
     ),
 ]
