@@ -49,6 +49,43 @@ def test_launches_have_no_problem_on_any_architecture(tmp_path):
     assert all(row["blocks_per_sm"] >= 2 for row in hopper)
 
 
+AHEAD = """
+import sys, torch
+from kernels import _compile, _proof
+from kernels._compile import check_launches, launches, source
+from kernels._launch import record_launches
+from kernels._registry import all_specs
+
+def code(recorded):
+    return {source(launch, 90)[0].hash() + str(source(launch, 90)[1]) for launch in recorded}
+
+for name in sys.argv[1:]:
+    spec = all_specs()[name]
+    for case in spec.cases:
+        ahead = code(check_launches(spec, case, torch.bfloat16, 90, 132))
+        with record_launches(90, 132) as recorded:
+            for family in _proof.FAMILIES:
+                list(_proof.prove_family(family, spec, case, torch.bfloat16, torch.device("cpu")))
+        made = code(recorded)
+        assert made <= ahead, f"{name} {case}: {len(made - ahead)} of {len(made)} launches are not compiled ahead"
+        print(name, len(made))
+    few = [code(launches(spec, [case], torch.bfloat16, 90, 132)) for case in spec.bench_cases]
+    _compile._MOST_ROWS = {"B": 32, "M": 96, "T": 512}
+    more = [code(launches(spec, [case], torch.bfloat16, 90, 132)) for case in spec.bench_cases]
+    _compile._MOST_ROWS = {"B": 16, "M": 48, "T": 256}
+    assert few == more, f"{name}: a benchmark of more rows launches other code"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", all_specs())
+def test_what_the_check_launches_is_compiled_ahead(name):
+    """And what a benchmark launches is what a few of its rows launch."""
+    done = _compiled("-c", AHEAD, name)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(all_specs()[name].cases)
+
+
 SPILLS = pytest.mark.xfail(strict=True, reason="needs attention tiles that do not spill on sm_86: now 8 to 32 bytes")
 
 
