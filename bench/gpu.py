@@ -30,8 +30,8 @@ from bench.supervise import Budget, Job, supervise
 from bench.train_step import PROVIDERS, Train
 from kernels import _check
 from kernels._backend import device_problem
-from kernels._compile import compile_launch, launches, unique
-from kernels._launch import arch_of
+from kernels._compile import check_launches, compile_launch, launches, unique
+from kernels._launch import arch_of, sm_count
 from kernels._registry import KernelSpec, all_specs
 from model.cli import UserError
 from model.files import write_atomic
@@ -70,31 +70,41 @@ def _device() -> torch.device:
     return torch.device("cuda", 0)
 
 
-def _compile_case(name: str, dtype: torch.dtype, index: int, arch: int) -> int:
-    """Compile what one case launches into Triton's cache on disk -> how many kernels."""
+def _compile_case(name: str, dtype: torch.dtype, case: int, is_bench: bool, arch: int, sms: int) -> int:
+    """Compile what a case of the check or of the benchmarks launches into the cache on disk -> how many kernels."""
     spec, done = all_specs()[name], 0
-    for launch in unique(launches(spec, [(spec.cases + spec.bench_cases)[index]], dtype, arch), arch):
+    recorded = (
+        launches(spec, [spec.bench_cases[case]], dtype, arch, sms)
+        if is_bench
+        else check_launches(spec, spec.cases[case], dtype, arch, sms)
+    )
+    for launch in unique(recorded, arch):
         with contextlib.suppress(Exception):  # it will be raised again where it can be reported
             compile_launch(launch, arch)
             done += 1
     return done
 
 
-def compile_all(arch: int, dtypes: list[torch.dtype], budget: Budget) -> tuple[int, int]:
-    """Fill Triton's cache on all cores, the shapes of the benchmarks first, which the check would do one by one ->
+def compile_all(arch: int, sms: int, dtypes: list[torch.dtype], budget: Budget) -> tuple[int, int]:
+    """Fill Triton's cache on all cores, the shapes of the benchmarks first, which would be compiled one by one later ->
     (cases done within the budget, cases in all)."""
     jobs = [
-        (name, dtype, index, arch)
+        (name, dtype, case, is_bench, arch, sms)
+        for is_bench in (True, False)
         for dtype in dtypes
         for name, spec in all_specs().items()
-        for index in reversed(range(len(spec.cases) + len(spec.bench_cases)))
+        for case in range(len(spec.bench_cases if is_bench else spec.cases))
     ]
     spawn = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=spawn)
     futures = [pool.submit(_compile_case, *job) for job in jobs]
-    done, _ = concurrent.futures.wait(futures, timeout=max(0.0, budget.left))
+    done = 0
+    with contextlib.suppress(TimeoutError, concurrent.futures.TimeoutError):
+        finished = concurrent.futures.as_completed(futures, timeout=max(0.0, budget.left))
+        for _ in command.tracked(finished, len(jobs)):
+            done += 1
     pool.shutdown(wait=False, cancel_futures=True)
-    return len(done), len(jobs)
+    return done, len(jobs)
 
 
 def run_all(report: Report, out: Path, budget: Budget) -> _check.CheckResult:
@@ -132,7 +142,7 @@ def preparations(budget: Budget) -> list[Job]:
     proof = PROOF_SHARE * (1 - COMPILE_SHARE) * left
 
     def compile_ahead() -> Iterator[Any]:
-        done, cases = compile_all(arch_of(device), DTYPES, budget.part(COMPILE_SHARE * left))
+        done, cases = compile_all(arch_of(device), sm_count(device), DTYPES, budget.part(COMPILE_SHARE * left))
         print(f"compiled what {done} of {cases} cases launch; {budget.left:.0f} s left", flush=True)
         yield from ()
 

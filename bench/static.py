@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from bench import command
+from bench import command, sass
 from bench.record import commit_info, dtype_name, machine_info
 from kernels._compile import compile_launch, kernel_name, launches, reason, unique
 from kernels._launch import Launch, tensors
@@ -60,6 +60,7 @@ class Static:
     op: tuple[str, ...] = ()  # Kernels to compile; all of them by default.
     dtype: tuple[command.Dtype, ...] = ("bfloat16", "float16", "float32")  # Precisions to compile.
     bench_only: bool = False  # Only the shapes of the benchmarks, not those of the tests.
+    ceilings: Literal["a100", "h100", "b200"] | None = None  # GPU whose ceilings of the inner loops are printed.
     out: Path | None = None  # JSON file to write; none by default.
 
     def main(self) -> None:
@@ -72,9 +73,12 @@ class Static:
         groups = survey(self.arch, dtypes, ops, bench_only=self.bench_only)
         tracked = command.tracked(groups, len(ops) * len(dtypes) * len(self.arch))
         rows = [row for group in tracked for row in group]
+        rows.sort(key=lambda r: (r.kernel, r.arch, r.dtype, r.config))
         print(HEAD)
-        for row in sorted(rows, key=lambda r: (r.kernel, r.arch, r.dtype, r.config)):
+        for row in rows:
             print(line(row))
+        if self.ceilings:
+            print("\n".join(ceilings(rows, self.ceilings)))
         problems = sum(bool(r.problem) for r in rows)
         print(f"{len(rows)} compiled kernels, {problems} with a problem")
         if self.out:
@@ -106,6 +110,7 @@ class StaticRow:
     wide_loads: int = 0  # loads of 16 bytes or more
     aligned: bool = False  # loads of 16 bytes are possible
     blocks_per_sm: int = 0  # blocks that a multiprocessor holds at a time
+    loops: tuple[sass.Loop, ...] = ()  # the innermost ones, in the order of the code
     error: str = ""
 
     @property
@@ -120,6 +125,8 @@ class StaticRow:
             return "its matrix products missed the tensor cores"
         if self.wanted == "HGMMA" and self.tensor_kind != "HGMMA":
             return f"its matrix products run as {self.tensor_kind}, its tiles could as HGMMA"
+        if any(loop.warpgroup > sass.MAX_WARPGROUP for loop in self.loops):
+            return "a loop's asynchronous products wait for one another"
         if self.aligned and not self.wide_loads:
             return "no load is 16 bytes wide, although rows begin at multiples of 16 bytes"
         return ""
@@ -183,9 +190,9 @@ def read_back(launch: Launch, dtype: torch.dtype, arch: int) -> StaticRow:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("cuobjdump", "-sass", file.name)
+        usage, code = _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("cuobjdump", "-sass", file.name)
     registers, local, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "LOCAL", "STACK"))  # type: ignore[index]
-    instructions = _INSTRUCTION.findall(sass)
+    instructions = _INSTRUCTION.findall(code)
     tensor = Counter(match[1] for name in instructions if (match := _TENSOR_CORE.match(name)))
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     return StaticRow(
@@ -194,6 +201,7 @@ def read_back(launch: Launch, dtype: torch.dtype, arch: int) -> StaticRow:
         wanted=_wanted(compiled.asm["ttir"], arch, row["num_warps"]),
         wide_loads=sum(bool(_WIDE_LOAD.match(name)) for name in instructions), aligned=_aligned(launch),
         blocks_per_sm=_blocks_per_sm(arch, registers, compiled.metadata.shared, row["num_warps"], columns),
+        loops=tuple(sass.loops(code)),
     )  # fmt: skip
 
 
@@ -225,3 +233,17 @@ def line(r: StaticRow) -> str:
     text = f"{head} {r.shared / r.shared_limit:>6.0%} {r.blocks_per_sm:>6} {r.instructions:>5} {r.tensor_core:>6}"
     text += f" {r.tensor_kind or '-':<8} {r.wide_loads:>4}  {r.config}"
     return f"{text}  <- {r.problem}" if r.problem else text
+
+
+def ceilings(rows: Iterable[StaticRow], name: str) -> Iterator[str]:
+    """The inner loops of the rows compiled for a device's architecture, and what it could do at most: `bench.sass`."""
+    device = sass.DEVICES[name]
+    yield (
+        f"Inner loops on {name}: instructions of a warp's turn by kind, and ceilings, with {device.multiprocessors} "
+        f"multiprocessors at {device.ghz} GHz, {device.tensor} FLOP a cycle each, {device.bandwidth:,.0f} GB/s"
+    )
+    for row in rows:
+        for loop in row.loops if row.arch == device.arch else ():
+            kinds = " ".join(f"{kind} {n}" for kind, n in loop.kinds.items())
+            limits = ", ".join(f"{what} {value:,.0f}" for what, value in loop.ceilings(device).items())
+            yield f"{row.kernel:<18} {row.dtype:<9} {loop.n:>4}: {kinds}; {limits or 'no ceiling'}  {row.config}"

@@ -10,23 +10,42 @@ from typing import Any
 
 import torch
 
-from ._launch import Launch, record_launches
-from ._proof import evaluate
+from ._launch import Launch, record_launches, sm_count
+from ._proof import evaluate, launched
 from ._registry import Case, KernelSpec, all_specs
 
-# Launches depend on a case's widths. Of what it has rows of, a few are drawn: not one, which Triton would fold into the
-# code, and multiples of 16 where shapes that matter are.
-_ROWS = {"B": 2, "M": 48, "T": 256}
+# Launches depend on a case's widths, and of its rows on whether there is one, and whether they are a multiple of 16.
+_MOST_ROWS = {"B": 16, "M": 48, "T": 256}
 
 
-def launches(spec: KernelSpec, cases: Iterable[Case], dtype: torch.dtype, arch: int) -> list[Launch]:
-    """The launches of forward and backward on the cases, with the launch tables of sm_<arch>; nothing runs."""
-    with record_launches(arch) as recorded:
+def _few(case: Case) -> Case:
+    """A case with few rows that launches the same code."""
+
+    def fewer(n: int, most: int) -> int:
+        return n if n <= most else most + n % 16
+
+    return {**case, **{name: fewer(case[name], most) for name, most in _MOST_ROWS.items() if name in case}}
+
+
+def launches(
+    spec: KernelSpec, cases: Iterable[Case], dtype: torch.dtype, arch: int, sms: int | None = None
+) -> list[Launch]:
+    """The launches of forward and backward on the cases, with the launch tables of sm_<arch>; nothing runs.
+
+    sms: multiprocessors of the GPU.
+    """
+    with record_launches(arch, sms) as recorded:
         for case in cases:
-            few = {name: n if name in "BM" else min(n, case[name]) for name, n in _ROWS.items() if name in case}
-            inputs = spec.inputs({**case, **few}, dtype, torch.device("cpu"))
+            inputs = spec.inputs(_few(case), dtype, torch.device("cpu"))
             outputs = evaluate(spec, inputs, None, "triton")
             evaluate(spec, inputs, outputs, "triton")  # any incoming gradient of the right shape and dtype will do
+    return recorded
+
+
+def check_launches(spec: KernelSpec, case: Case, dtype: torch.dtype, arch: int, sms: int | None = None) -> list[Launch]:
+    """The launches of `python -m kernels check` on a case: at its own rows, in every layout; nothing runs."""
+    with record_launches(arch, sms) as recorded:
+        launched(spec, case, dtype)
     return recorded
 
 
@@ -103,7 +122,8 @@ def preflight(
         # In a thread of its own: no grad mode, dispatch mode, default device or trace of the caller's reaches it.
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             case = {**spec.bench_cases[0], **widths}
-            recorded = thread.submit(lambda: unique(launches(spec, [case], dtype, arch), arch)).result()
+            sms = None if device is None else sm_count(device)
+            recorded = thread.submit(lambda: unique(launches(spec, [case], dtype, arch, sms), arch)).result()
         for launch in recorded:
             what = kernel_name(launch)
             compiled = compile_launch(launch, arch)

@@ -24,21 +24,22 @@ class Launch:
 
 _recorded: list[Launch] | None = None
 _assumed_arch: int | None = None
+_assumed_sms: int | None = None
 
 
 @contextlib.contextmanager
-def record_launches(arch: int | None = None) -> Iterator[list[Launch]]:
+def record_launches(arch: int | None = None, sms: int | None = None) -> Iterator[list[Launch]]:
     """Inside the block launches are written down and not run: outputs hold whatever memory held.
 
-    arch: the launch tables of that architecture are used, as in `assume_arch`.
+    arch: the launch tables of that architecture are used, as in `assume_arch`. sms: its streaming multiprocessors.
     """
-    global _recorded
-    previous, _recorded = _recorded, []
+    global _recorded, _assumed_sms
+    previous, _recorded, _assumed_sms = (_recorded, _assumed_sms), [], sms
     try:
         with assume_arch(arch):
             yield _recorded
     finally:
-        _recorded = previous
+        _recorded, _assumed_sms = previous
 
 
 @contextlib.contextmanager
@@ -92,9 +93,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         kernel[grid](*args, **meta)
 
 
-@functools.cache
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 2 on a CPU, so that interpreted row loops take several turns."""
+    return _sm_count(device) if _assumed_sms is None else _assumed_sms
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

@@ -157,6 +157,15 @@ def prove(
         yield compare(spec.name, case, name, got[name], eager[name], truth[name], gradient=name not in spec.outputs)
 
 
+def launched(spec: KernelSpec, case: Case, dtype: torch.dtype) -> None:
+    """Call the kernel as every family below does, inside record_launches: in each layout, forward and backward."""
+    drawn = spec.inputs(case, dtype, torch.device("cpu"))
+    for layout in (_plain, *LAYOUTS.values()):
+        inputs = _each(layout, drawn)
+        outputs = _each(_plain, evaluate(spec, inputs, None, "triton"))
+        evaluate(spec, inputs, _each(layout, outputs), "triton")
+
+
 # --- layouts and numbers ---------------------------------------------------------------------------------------------
 
 

@@ -191,6 +191,7 @@ def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu, "_device", lambda: CPU)
     monkeypatch.setattr(gpu, "arch_of", lambda device: 90)
+    monkeypatch.setattr(gpu, "sm_count", lambda device: 132)
     monkeypatch.setattr(gpu, "supervise", _in_process)
     monkeypatch.setattr(gpu.Budget.__init__, "__defaults__", (clock,))
     monkeypatch.setattr(gpu, "compile_all", lambda *a: (3, 3))
@@ -268,5 +269,6 @@ def test_launches_of_a_case_are_compiled(monkeypatch):
     monkeypatch.setattr(
         gpu, "unique", lambda launches, arch: launches
     )  # which asks the compiler, and this suite is interpreted
-    assert gpu._compile_case("layer_norm", torch.float32, 0, 90) == len(compiled) - 1 > 0
+    check, bench = (gpu._compile_case("layer_norm", torch.float32, 0, is_bench, 90, 132) for is_bench in (False, True))
+    assert check > bench > 0 and check + bench == len(compiled) - 1  # the check has more layouts
     assert set(compiled) == {90}

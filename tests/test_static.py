@@ -1,5 +1,6 @@
 """Kernels compiled for GPUs that are not here: what is asked of the compiler, its answers, and what is a problem."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from kernels._registry import all_specs
 from kernels._triton import HAS_TRITON
 
 ROOT = Path(__file__).parent.parent
+LOOPS = Path(__file__).with_name("loops.json")
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
 
 
@@ -47,6 +49,65 @@ def test_launches_have_no_problem_on_any_architecture(tmp_path):
     # two blocks take turns on a multiprocessor: one's softmax runs beside the other's products
     hopper = [row for row in rows if row["arch"] == 90 and row["tensor_kind"]]
     assert all(row["blocks_per_sm"] >= 2 for row in hopper)
+
+
+MARGIN = 0.03  # by which a loop may get longer or shorter before a change has to say so
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_inner_loops_are_as_long_as_recorded(tmp_path):
+    """Of the benchmarks' shapes on sm_90. RECORD=1 records new ones, after a look at them."""
+    rows = _survey(tmp_path, "--arch", "90", "--dtype", "bfloat16", "--bench-only")
+    now: dict[str, list] = {}
+    for row in rows:  # one configuration may be compiled for several kinds of strides
+        now.setdefault(f"{row['kernel']} {row['config']}", []).append([loop["n"] for loop in row["loops"]])
+    now = {name: sorted(lengths) for name, lengths in now.items()}
+    if os.environ.get("RECORD"):
+        LOOPS.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+    recorded = json.loads(LOOPS.read_text())
+    assert now.keys() == recorded.keys()
+    for name, lengths in now.items():
+        assert [len(n) for n in lengths] == [len(n) for n in recorded[name]], name
+        for n, before in zip(itertools.chain(*lengths), itertools.chain(*recorded[name]), strict=True):
+            assert abs(n - before) <= MARGIN * before, f"{name}: a loop of {before} instructions has {n}"
+
+
+AHEAD = """
+import sys, torch
+from kernels import _compile, _proof
+from kernels._compile import check_launches, launches, source
+from kernels._launch import record_launches
+from kernels._registry import all_specs
+
+def code(recorded):
+    return {source(launch, 90)[0].hash() + str(source(launch, 90)[1]) for launch in recorded}
+
+for name in sys.argv[1:]:
+    spec = all_specs()[name]
+    for case in spec.cases:
+        ahead = code(check_launches(spec, case, torch.bfloat16, 90, 132))
+        with record_launches(90, 132) as recorded:
+            for family in _proof.FAMILIES:
+                list(_proof.prove_family(family, spec, case, torch.bfloat16, torch.device("cpu")))
+        made = code(recorded)
+        assert made <= ahead, f"{name} {case}: {len(made - ahead)} of {len(made)} launches are not compiled ahead"
+        print(name, len(made))
+    few = [code(launches(spec, [case], torch.bfloat16, 90, 132)) for case in spec.bench_cases]
+    _compile._MOST_ROWS = {"B": 32, "M": 96, "T": 512}
+    more = [code(launches(spec, [case], torch.bfloat16, 90, 132)) for case in spec.bench_cases]
+    _compile._MOST_ROWS = {"B": 16, "M": 48, "T": 256}
+    assert few == more, f"{name}: a benchmark of more rows launches other code"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", all_specs())
+def test_what_the_check_launches_is_compiled_ahead(name):
+    """And what a benchmark launches is what a few of its rows launch."""
+    done = _compiled("-c", AHEAD, name)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(all_specs()[name].cases)
 
 
 SPILLS = pytest.mark.xfail(strict=True, reason="needs attention tiles that do not spill on sm_86: now 8 to 32 bytes")

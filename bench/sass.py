@@ -1,0 +1,117 @@
+"""Machine code by loop: what the inner loops of a kernel issue, and the ceilings that follow for a device.
+
+A warp's turn of a loop takes a multiprocessor at least the longest of
+
+    issue    n / 4 cycles: four schedulers start one instruction each a cycle
+    special  32 lanes of MUFU (exp2, rsqrt, reciprocal) at 16 a cycle
+    tensor   the turn's floating-point operations on the tensor cores at the device's rate a cycle
+
+for as many warps as keep all three busy; latencies, barriers and memory can only make it slower. Of a loop without
+matrix products the issue slots bound the bytes a second instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+_KINDS = {  # by the beginning of the opcode, the first that fits
+    "tensor": r"HGMMA|[HIQ]MMA|UTC\w*MMA",
+    "special": r"MUFU",
+    "sync": r"BAR|B2R|WARPSYNC|WARPGROUP|DEPBAR|LDGDEPBAR|UTMA\w*FLUSH|SYNCS|MEMBAR|FENCE|ERRBAR|UTCBAR|ELECT",
+    "shared": r"LDS|STS|SHFL|LDTM|STTM|UTCCP",
+    "memory": r"LDG|STG|LDL|STL|LD\b|ST\b|RED|ATOM|UTMA|UBLKCP|CCTL",
+    "float": r"F(?!LO)|H(ADD|MUL|FMA|MNMX|SET)|I2F|I2FP",
+    "control": r"BRA|BSSY|BSYNC|BREAK|NOP|EXIT|RET|CALL|JMP",
+}
+_KIND = re.compile("|".join(f"(?P<{kind}>{names})" for kind, names in _KINDS.items()))
+_WIDTH = re.compile(r"\.(U?8|S8|U?16|S16|64|128|256)\b")
+_FEWEST = 12  # instructions of a loop that counts: shorter ones wait for a barrier
+MAX_WARPGROUP = 6  # WARPGROUP instructions of a loop; more of them make asynchronous products wait for one another
+
+
+class Device(NamedTuple):
+    """What a GPU has: NVIDIA's white papers of A100, H100 and B200, the SXM form, dense rates in bfloat16."""
+
+    arch: int
+    multiprocessors: int
+    ghz: float  # boost clock
+    tensor: int  # floating-point operations a cycle and multiprocessor
+    bandwidth: float  # GB/s
+
+
+DEVICES = {
+    "a100": Device(80, 108, 1.410, 2048, 2039),
+    "h100": Device(90, 132, 1.755, 4096, 3350),
+    "b200": Device(100, 148, 1.850, 8192, 8000),
+}
+_ISSUE, _SPECIAL = 4, 16  # instructions, and lanes of MUFU, a cycle and multiprocessor, of all three
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop: what one warp issues in a turn."""
+
+    n: int  # instructions
+    kinds: dict[str, int] = field(default_factory=dict)
+    warpgroup: int = 0  # WARPGROUP instructions
+    flops: int = 0  # of a warp on the tensor cores; 0 where the code does not say (sm_100)
+    bytes: int = 0  # that a warp loads and stores without a bulk copy
+
+    def ceilings(self, device: Device) -> dict[str, float]:
+        """TFLOP/s by what limits it, or GB/s by the issue slots for a loop without products."""
+        per_second = device.multiprocessors * device.ghz * 1e9
+        issue = self.n / _ISSUE
+        if not self.flops:
+            return {"issue GB/s": self.bytes / issue * per_second / 1e9} if self.bytes else {}
+        cycles = {"issue": issue, "special": 32 * self.kinds.get("special", 0) / _SPECIAL}
+        cycles["tensor"] = self.flops / device.tensor
+        return {f"{name} TFLOP/s": self.flops / n * per_second / 1e12 for name, n in cycles.items() if n}
+
+
+def loops(sass: str) -> list[Loop]:
+    """The innermost loops in the output of `cuobjdump -sass` for one kernel, in its order."""
+    code = [(int(address, 16), name, rest) for address, name, rest in _LINE.findall(sass)]
+    index = {address: i for i, (address, _, _) in enumerate(code)}
+    spans = set()
+    for i, (address, name, rest) in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and int(target[1], 16) < address and int(target[1], 16) in index:
+            spans.add((index[int(target[1], 16)], i))
+    inner = [
+        (a, b) for a, b in spans if not any((a, b) != other and a <= other[0] and other[1] <= b for other in spans)
+    ]
+    return [_loop(code[a : b + 1]) for a, b in sorted(inner) if b - a + 1 >= _FEWEST]
+
+
+def _loop(code: list[tuple[int, str, str]]) -> Loop:
+    kinds: Counter[str] = Counter()
+    for _, name, _ in code:
+        match = _KIND.match(name)
+        kinds[(match and match.lastgroup) or "integer"] += 1
+    return Loop(
+        len(code),
+        dict(sorted(kinds.items())),
+        sum(name.startswith("WARPGROUP") for _, name, _ in code),
+        sum(_flops(name) for _, name, _ in code),
+        sum(_bytes(name) for _, name, _ in code),
+    )
+
+
+def _flops(name: str) -> int:
+    """Of one warp: HGMMA.64x64x16 is that of a group of four; HMMA.16816 is 16 x 8 x 16."""
+    if shape := re.match(r"HGMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)", name):
+        return 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) // 4
+    if shape := re.match(r"HMMA\.(16)(8)(\d+)", name):
+        return 2 * int(shape[1]) * int(shape[2]) * int(shape[3])
+    return 0
+
+
+def _bytes(name: str) -> int:
+    if not re.match(r"LDG(?!DEP)|STG", name):
+        return 0
+    width = _WIDTH.search(name)
+    return 32 * (int(width[1].lstrip("US")) // 8 if width else 4)
