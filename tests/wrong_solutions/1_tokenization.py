@@ -2,7 +2,6 @@
 
 WRONG: dict[str, list[tuple[str, str]]] = {}
 
-# 1. Tokenization
 
 WRONG["1.1"] = [
     (
