@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import textwrap
+import warnings
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,8 @@ import matplotlib
 from cycler import cycler
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
+
+warnings.filterwarnings("ignore", "IProgress not found")  # from tqdm, whose progress bars no notebook shows
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "Book"
