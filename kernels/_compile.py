@@ -5,7 +5,7 @@ import contextlib
 import io
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,10 +13,32 @@ import torch
 from ._launch import Launch, record_launches
 from ._proof import evaluate
 from ._registry import Case, KernelSpec, all_specs
+from ._triton import HAS_TRITON
 
 # Launches depend on a case's widths. Of what it has rows of, a few are drawn: not one, which Triton would fold into the
 # code, and multiples of 16 where shapes that matter are.
 _ROWS = {"B": 2, "M": 48, "T": 256}
+
+
+@contextlib.contextmanager
+def no_compilation() -> Iterator[None]:
+    """Inside the block a launch that Triton has not compiled yet is a RuntimeError that names the kernel.
+
+    For the capture of a CUDA graph, which would end in the driver's refusal to load code.
+    """
+    if not HAS_TRITON:
+        yield
+        return
+    from triton import knobs
+
+    def refuse(*, repr: str, **details: Any) -> None:
+        raise RuntimeError(f"a CUDA graph cannot be captured: it launches what no step before it compiled, {repr}")
+
+    previous, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, refuse
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_cache_hook = previous
 
 
 def launches(spec: KernelSpec, cases: Iterable[Case], dtype: torch.dtype, arch: int) -> list[Launch]:
