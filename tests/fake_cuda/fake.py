@@ -84,11 +84,10 @@ def _patch_torch() -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **options: answer)
     for name, value in {
-        "Stream": torch.Stream, "Event": torch.Event, "stream": stream, "graph": graph, "CUDAGraph": CUDAGraph,
+        "Stream": torch.Stream, "stream": stream, "graph": graph, "CUDAGraph": CUDAGraph,
         "current_stream": lambda device=None: accelerator.current_stream(),
         "synchronize": lambda device=None: accelerator.current_stream().synchronize(),
         "device": contextlib.nullcontext, "manual_seed": torch.default_generator.manual_seed,
-        "set_sync_debug_mode": lambda mode: ops.waiting_is_an_error(mode == "error"),
     }.items():  # fmt: skip
         setattr(torch.cuda, name, value)
 
