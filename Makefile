@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test slow lint format gpu static fuzz mutants faults llama clean
+.PHONY: help train test slow lint format gpu static fuzz mutants faults cuda-trace as-with-gpu llama clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,8 @@ help:
 	@echo "make fuzz     test every kernel on EXAMPLES=300 random cases"
 	@echo "make mutants  break the kernels one line at a time; the tests must fail each time"
 	@echo "make faults   kill a training run at 50 random moments, fill its disk, damage its checkpoints"
+	@echo "make cuda-trace   trace train.py and generation on a CUDA device that is only claimed, under every option (no GPU)"
+	@echo "make as-with-gpu  run the suite as on a machine with a GPU, without what needs it"
 	@echo "make llama    prove the ids of GGUF files in llama.cpp, installed by npm; RUN=runs/first-run proves that run too"
 	@echo "make lint     check format, lint and types"
 	@echo "make format   reformat the source"
@@ -54,6 +56,13 @@ mutants: $(VENV)/.with-test
 
 faults: $(VENV)/.with-test
 	@$(BIN)/python -m pytest -q -m long tests/test_faults.py $(ARGS)
+
+# The options of tests/cuda_runs.py, each with all others. Needs a C++ compiler.
+cuda-trace: $(VENV)/.with-test
+	@$(BIN)/python -m pytest -q -n auto -m long tests/test_fake_cuda.py $(ARGS)
+
+as-with-gpu: $(VENV)/.with-test
+	@AS_WITH_GPU=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not long' $(ARGS)
 
 # llama.cpp, prebuilt for this machine's CPU, in an ignored folder. Needs Node.js 20 or newer.
 LLAMA := build/llama
