@@ -4,24 +4,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test slow lint format gpu static fuzz mutants faults llama notebooks notebooks-run clean
+.PHONY: help train test slow lint format gpu static fuzz mutants faults cuda-trace as-with-gpu llama notebooks notebooks-run clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train    train a model that fits this machine on Book/, and show what it writes"
-	@echo "make test     run the test suite; where there is a CUDA GPU, the kernels run on it"
-	@echo "make slow     run the slower tests: several processes, kill -9, benchmark commands"
-	@echo "make gpu      prove and benchmark the kernels on this machine's NVIDIA GPU"
-	@echo "make static   compile every kernel for sm_80, sm_90 and sm_100 and report spills and tensor-core use (no GPU)"
-	@echo "make fuzz     test every kernel on EXAMPLES=300 random cases"
-	@echo "make mutants  break the kernels one line at a time; the tests must fail each time"
-	@echo "make faults   kill a training run at 50 random moments, fill its disk, damage its checkpoints"
-	@echo "make llama    prove the ids of GGUF files in llama.cpp, installed by npm; RUN=runs/first-run proves that run too"
-	@echo "make notebooks       open the notebooks in JupyterLab"
-	@echo "make notebooks-run   run the notebooks and save them with their outputs"
-	@echo "make lint     check format, lint and types"
-	@echo "make format   reformat the source"
-	@echo "make clean    remove .venv and caches"
+	@echo "make train          train a model that fits this machine on Book/, and show what it writes"
+	@echo "make test           run the test suite; where there is a CUDA GPU, the kernels run on it"
+	@echo "make slow           run the slower tests: several processes, kill -9, benchmark commands"
+	@echo "make gpu            prove and benchmark the kernels on this machine's NVIDIA GPU"
+	@echo "make static         compile every kernel for sm_80, sm_90 and sm_100 and report spills and tensor-core use (no GPU)"
+	@echo "make fuzz           test every kernel on EXAMPLES=300 random cases"
+	@echo "make mutants        break the kernels one line at a time; the tests must fail each time"
+	@echo "make faults         kill a training run at 50 random moments, fill its disk, damage its checkpoints"
+	@echo "make cuda-trace     trace train.py and generation on a CUDA device that is only claimed, under every option (no GPU)"
+	@echo "make as-with-gpu    run the suite as on a machine with a GPU, without what needs it"
+	@echo "make llama          prove the ids of GGUF files in llama.cpp, installed by npm; RUN=runs/first-run proves that run too"
+	@echo "make notebooks      open the notebooks in JupyterLab"
+	@echo "make notebooks-run  run the notebooks and save them with their outputs"
+	@echo "make lint           check format, lint and types"
+	@echo "make format         reformat the source"
+	@echo "make clean          remove .venv and caches"
 	@echo "ARGS=... adds arguments:  make train ARGS='--steps 500'   make test ARGS='-k layer_norm'"
 
 # One stamp file per set of extras: reinstall only when pyproject.toml or constraints.txt has changed.
@@ -56,6 +58,13 @@ mutants: $(VENV)/.with-test
 
 faults: $(VENV)/.with-test
 	@$(BIN)/python -m pytest -q -m long tests/test_faults.py $(ARGS)
+
+# The options of tests/cuda_runs.py, each with all others. Needs a C++ compiler.
+cuda-trace: $(VENV)/.with-test
+	@$(BIN)/python -m pytest -q -n auto -m long tests/test_fake_cuda.py $(ARGS)
+
+as-with-gpu: $(VENV)/.with-test
+	@AS_WITH_GPU=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not long' $(ARGS)
 
 # llama.cpp, prebuilt for this machine's CPU, in an ignored folder. Needs Node.js 20 or newer.
 LLAMA := build/llama

@@ -19,6 +19,7 @@ import contextlib
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,8 +61,10 @@ def set_up_device(cfg: TrainConfig, world: World) -> TrainConfig:
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if cfg.dtype == "tf32" else "highest")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by deterministic algorithms
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)  # under warn_only PyTorch's attention keeps its other backward pass
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        # Inductor's advice to use tf32: --dtype has been chosen.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
     try:  # now, rather than after the text has been read
         check_backend(world.device)
     except RuntimeError as error:
@@ -162,7 +165,10 @@ def train(cfg: TrainConfig, world: World, run: Run) -> None:
     cfg = memory.fit_batch(replace(cfg, steps=run.steps), config, world, run.sequences)
     batch_size = run.sequences // cfg.grad_accum
     needs, limit = memory.memory_model(cfg, config, world)
-    with torch_errors_as_user_errors(lambda: memory.out_of_memory(needs, limit, batch_size, run.sequences)):
+    with (
+        torch_errors_as_user_errors(lambda: memory.out_of_memory(needs, limit, batch_size, run.sequences)),
+        parallel.side_stream(world.device),
+    ):
         Trainer(cfg, world, run, batch_size).run()
 
 
@@ -226,10 +232,6 @@ class Trainer:
         self.print_header()
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.log)
-            if world.device.type == "cuda":  # a CUDA graph cannot be captured on the default stream
-                stream = torch.cuda.Stream(world.device)
-                stream.wait_stream(torch.cuda.current_stream(world.device))
-                stack.enter_context(torch.cuda.stream(stream))
             signals = stack.enter_context(run_folder.signals())
             stack.enter_context(profiling.memory_snapshot(self.folder, wanted=cfg.memory_snapshot))
             profile_step = stack.enter_context(profiling.trace(self.folder, wanted=cfg.profile))

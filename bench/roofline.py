@@ -33,7 +33,7 @@ _LONGEST = 0.2  # seconds that a product may take: float16 is a hundred times sl
 class Roofs:
     copy: dict[int, float]  # bytes moved -> seconds
     flops: dict[str, float]  # name of a dtype -> FLOP/s
-    float32: str = "highest"  # torch.get_float32_matmul_precision() of the float32 products
+    float32: str = "highest"  # precision of the float32 products, as torch.set_float32_matmul_precision names it
 
     def as_dict(self) -> dict[str, Any]:
         """The roofs as the method of a report keeps them."""
@@ -67,7 +67,8 @@ def measure(device: torch.device, dtypes: Iterable[torch.dtype], *, seconds: flo
     copies = _shortest({str(size): _copy(size, device) for size in sizes}, device, seconds)
     copy = {size: min(s for other, s in copies.items() if int(other) >= size) for size in map(int, copies)}
     flops = {dtype_name(dtype): rate for dtype in dtypes if (rate := _product_rate(dtype, device, seconds))}
-    return Roofs(copy, flops, torch.get_float32_matmul_precision())
+    # torch.get_float32_matmul_precision raises where the setting was made by its newer name.
+    return Roofs(copy, flops, "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest")
 
 
 def _product_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> float:

@@ -134,6 +134,27 @@ def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     current.wait_stream(stream)
 
 
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """torch.cuda.graph that leaves the current stream as it was after an error, too: PyTorch's stays on `stream`."""
+    with torch.cuda.stream(torch.cuda.current_stream(stream.device)), torch.cuda.graph(graph, stream=stream):
+        yield
+
+
+@contextlib.contextmanager
+def _without_waiting() -> Iterator[None]:
+    """Refused for what makes the host wait for the device: in a capture it would spoil more than its own graph."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        raise Refused("cannot be captured in a CUDA graph: it makes the host wait for the device") from error
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class Partial:
     """A call whose beginning is not timed: `run(start)` calls `start()` where its time begins, once per call."""
 
@@ -234,7 +255,7 @@ class _Graph(_Events):
 
     def _capture(self, call: Call) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        with capturing(graph, self.stream):
             for _ in range(_IN_GRAPH):
                 self.flush.zero_()
                 call()
@@ -246,7 +267,9 @@ class _Graph(_Events):
     def prepare(self, maker: Maker) -> tuple[Callable[[], float], float | None]:
         with on_stream(self.stream):
             call = maker()
-            for _ in range(3):
+            for _ in range(2):
+                call()
+            with _without_waiting():
                 call()
         torch.cuda.synchronize(self.device)
         graph = self._capture(call)

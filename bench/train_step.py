@@ -40,7 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench import command, peer_models
 from bench.memory import MIB, card_bytes, free_bytes, peak, training_step
 from bench.record import CONTROL, LADDER, Report, Row, dtype_name
-from bench.timing import Call, Maker, Measured, Refused, clocks, measure, on_stream
+from bench.timing import Call, Maker, Measured, Refused, capturing, clocks, measure, on_stream
 from kernels import use_backend
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
@@ -274,7 +274,7 @@ def _three_steps_in_a_graph(step: Callable[[], Tensor], device: torch.device) ->
     torch.cuda.synchronize(device)
 
     def capture() -> None:
-        with torch.cuda.graph(graph, stream=stream):
+        with capturing(graph, stream):
             losses.append(step())
 
     highest = peak(capture, device)

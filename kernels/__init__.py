@@ -5,6 +5,7 @@ Every function here runs anywhere: `use_backend` chooses how, `python -m kernels
 """
 
 from ._backend import use_backend
+from ._compile import no_compilation
 from ._dispatch import check_backend
 from ._machine import gpu_problem
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
@@ -28,6 +29,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "lm_logits",
+    "no_compilation",
     "residual_dropout_mask",
     "use_backend",
 ]

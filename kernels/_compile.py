@@ -5,7 +5,7 @@ import contextlib
 import io
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,9 +13,31 @@ import torch
 from ._launch import Launch, record_launches, sm_count
 from ._proof import evaluate, launched
 from ._registry import Case, KernelSpec, all_specs
+from ._triton import HAS_TRITON
 
 # Launches depend on a case's widths, and of its rows on whether there is one, and whether they are a multiple of 16.
 _MOST_ROWS = {"B": 16, "M": 48, "T": 256}
+
+
+@contextlib.contextmanager
+def no_compilation() -> Iterator[None]:
+    """Inside the block a launch that Triton has not compiled yet is a RuntimeError that names the kernel.
+
+    For the capture of a CUDA graph, which would end in the driver's refusal to load code.
+    """
+    if not HAS_TRITON:
+        yield
+        return
+    from triton import knobs
+
+    def refuse(*, repr: str, **details: Any) -> None:
+        raise RuntimeError(f"a CUDA graph cannot be captured: it launches what no step before it compiled, {repr}")
+
+    previous, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, refuse
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_cache_hook = previous
 
 
 def _few(case: Case) -> Case:

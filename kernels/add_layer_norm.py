@@ -209,7 +209,7 @@ def residual_dropout_mask(
     shape: tuple[int, ...], dropout_p: float, seed: int | Tensor, device: torch.device | str = "cpu"
 ) -> Tensor:
     """The mask that add_layer_norm applies to an x of this shape under a seed: bool, True where an element is kept."""
-    stream = torch.tensor(STREAM.value, device=device)
+    stream = torch.full((), STREAM.value, device=device)  # by a kernel: torch.tensor would copy from the host's memory
     rows = torch.Size(shape[:-1]).numel()
     return keep_mask(seed_tensor(seed, stream.device), dropout_p, rows, shape[-1], stream).view(shape)
 

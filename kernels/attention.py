@@ -381,8 +381,8 @@ def _attention_dq_kernel(
 def _options(tile: Tile, D: int, documents: Tensor | None, seed: Tensor | None) -> dict[str, Any]:
     """The constants and options of a launch."""
     BLOCK_M, BLOCK_N, num_warps, num_stages = tile
-    # of float32 products; "highest" is the default
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # of float32 products: PyTorch's own setting, by the name that its older and newer functions both answer to
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     meta = Meta(D, documents is not None, seed is not None, precision, BLOCK_M, BLOCK_N, _block_d(D))
     return {"META": meta, "num_warps": num_warps, "num_stages": num_stages}
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import no_compilation
 from model.gpt import GPT
 from model.kv_cache import KVCache
 from model.sampling import Sampling, log_probs, sample
@@ -190,7 +191,8 @@ class Decoder:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.cache.length = 1  # recording reads nothing: whatever the length is now, there is room for it
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # other threads may use CUDA
+        other_threads = "thread_local"  # they may use CUDA
+        with no_compilation(), torch.cuda.graph(graph, stream=stream, capture_error_mode=other_threads):
             self._forward()
             self._draw()
         self.graph = graph

@@ -74,7 +74,13 @@ def fake_cuda(monkeypatch):
     """A GPU that is a number: `now` in ms. A call of `cost` takes cost ms, emptying the cache 0.5 ms."""
 
     class Gpu:
-        now, captured = 0.0, None
+        now, captured, stream, sync_mode = 0.0, None, None, "default"
+
+        def wait(self):
+            if self.sync_mode == "error":
+                raise RuntimeError("called a synchronizing CUDA operation")
+            if self.captured is not None:
+                raise RuntimeError("operation not permitted when stream is capturing")
 
         def work(self, ms):
             if self.captured is None:
@@ -106,13 +112,16 @@ def fake_cuda(monkeypatch):
 
     class Capture:
         def __init__(self, graph, stream):
-            self.graph = graph
+            self.graph, self.stream = graph, stream
 
         def __enter__(self):
+            self.before, gpu_.stream = gpu_.stream, self.stream
             gpu_.captured = self.graph.kernels
 
-        def __exit__(self, *error):
+        def __exit__(self, kind, *error):
             gpu_.captured = None
+            if kind is None:  # PyTorch's raises before it gets here
+                gpu_.stream = self.before
 
     class Stream:
         def __init__(self, device):
@@ -122,21 +131,24 @@ def fake_cuda(monkeypatch):
             pass
 
         def __enter__(self):
-            return self
+            self.before, gpu_.stream = gpu_.stream, self
 
         def __exit__(self, *error):
-            pass
+            gpu_.stream = self.before
 
+    gpu_.stream = default = Stream(None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(gpu_, "sync_mode", mode))
     flush = type("Flush", (), {"zero_": lambda self: gpu_.work(0.5)})()
     monkeypatch.setattr(timing.torch, "empty", lambda *a, **k: flush)
     for name, value in {"Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": Stream}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: gpu_.stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(timing, "control", lambda device: lambda: gpu_.work(1.0))
     monkeypatch.setattr(timing, "machine_state", lambda device: {"watts": 100.0})
-    return gpu_
+    yield gpu_
+    assert gpu_.stream is default and gpu_.sync_mode == "default"
 
 
 @pytest.mark.parametrize("clock", ["events", "graph"])
@@ -153,6 +165,25 @@ def test_gpu_clocks_time_the_call_alone(clock, fake_cuda):
     assert measured.state == {"watts": 100.0}
     rows = {row.provider: row for row in measured.rows("kernels", PARAMS, lambda *_: {})}
     assert ("host_ms" in rows["a"].metrics) == (clock == "events") and rows[CONTROL].metrics == {"watts": 100.0}
+
+
+def test_call_that_waits_is_refused_before_its_capture(fake_cuda):
+    """And one that fails in its capture leaves the stream to the next."""
+
+    def fails():
+        fake_cuda.work(1.0)
+        if fake_cuda.captured is not None:
+            raise RuntimeError("no")
+
+    def waits():
+        fake_cuda.work(1.0)
+        fake_cuda.wait()
+
+    makers = {"waits": lambda: waits, "fails": lambda: fails, "fine": lambda: lambda: fake_cuda.work(2.0)}
+    measured = timing.measure(makers, torch.device("cuda", 0), "graph", seconds=0)
+    assert measured.failed["waits"] == "cannot be captured in a CUDA graph: it makes the host wait for the device"
+    assert measured.failed["fails"] == "RuntimeError: no" and len(measured.failed) == 2
+    assert statistics.median(measured.seconds["fine"]) == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize("repeats", [1, 4])

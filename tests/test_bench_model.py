@@ -19,6 +19,7 @@ from model.training.memory import MemoryModel
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 61, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
+interpreted = [needs_triton, pytest.mark.interpreted]
 
 
 @pytest.fixture
@@ -69,6 +70,7 @@ def test_training_step_has_time_and_memory():
 
 
 @needs_triton
+@pytest.mark.interpreted
 def test_each_rung_of_the_ladder_runs_its_kernels(no_profiler):
     """Where kernels cannot be timed they can still be run: the gate holds on every rung."""
     config = GPTConfig(**SMALL)
@@ -260,7 +262,7 @@ def test_decode_time_starts_after_the_first_token(name, task):
     assert (at_start, len(passes)) == ([1], 10)
 
 
-@pytest.mark.parametrize("name", ["hf", "hf_static", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("name", ["hf", "hf_static", pytest.param("triton", marks=interpreted)])
 def test_other_providers_write_the_same_text(name, task):
     expected = generate._Ours(task, "eager")(10).clone()
     assert torch.equal(generate._writer(name, task)(10, generate._nothing), expected)

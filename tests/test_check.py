@@ -74,7 +74,7 @@ def test_check_reports_a_raising_kernel_and_continues(specs, capsys):
         raise RuntimeError("no such register")
 
     specs["bad"], specs["scale"] = dataclasses.replace(_scale_spec(1.0), name="bad", fn=broken), _scale_spec(1.0)
-    assert command.main(["check", "--quick"]) == 1
+    assert command.main(["check", "--quick", "--dtype", "float32"]) == 1
     out = capsys.readouterr().out
     assert "FAILED bad float32 shapes M=64: RuntimeError: no such register" in out
     assert "\nscale " in out

@@ -92,6 +92,8 @@ MAKE = {  # what a target runs; the rest is installation
     "fuzz": "python -m pytest -q -m long tests/test_properties.py",
     "mutants": "python tests/mutants.py",
     "faults": "python -m pytest -q -m long tests/test_faults.py",
+    "cuda-trace": "python -m pytest -q -n auto -m long tests/test_fake_cuda.py",
+    "as-with-gpu": "python -m pytest -n auto --dist loadfile -m 'not long'",
     "llama": "python -m pytest -q -m long tests/test_llama.py",
     "notebooks": "jupyter lab notebooks",
     "notebooks-run": "python notebooks/regenerate.py",

@@ -286,7 +286,9 @@ def test_lock_keeps_other_processes_out(here, capsys):
         ["--optimizer", "muon", "--ema", 0.9],
         ["--schedule", "wsd", "--cooldown-steps", 8, "--document-mask"],
         ["--recompute", "--grad-accum", 3, "--spikes", "skip"],
-        pytest.param(["--backend", "triton"], marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),  # interpreted
+        pytest.param(
+            ["--backend", "triton"], marks=[pytest.mark.interpreted, pytest.mark.slow, pytest.mark.timeout(1800)]
+        ),
     ],
     ids=lambda flags: flags[1],
 )

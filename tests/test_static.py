@@ -132,7 +132,9 @@ SAME_FILE = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton import knobs
 from triton.runtime import driver
+from kernels import no_compilation
 from kernels._compile import launches, source
 from kernels._launch import Launch
 from kernels._registry import all_specs
@@ -150,12 +152,23 @@ for spec in all_specs().values():
         src, ours = source(launch, 90)
         assert ASTSource(kernel, *rest).hash() == src.hash(), (kernel.__name__, rest, src.signature, src.attrs)
         assert options.hash() == backend.parse_options(ours).hash(), kernel.__name__
+        with no_compilation():
+            try:
+                kernel[launch.grid](*launch.args, **launch.meta)
+            except RuntimeError as error:
+                assert kernel.__name__ in str(error) and "cannot be captured" in str(error), error
+            else:
+                raise AssertionError(f"{kernel.__name__} was compiled")
+assert knobs.runtime.jit_cache_hook is None
 print("same")
 """
 
 
 def test_compiled_source_is_what_a_launch_compiles():
-    """The specialisation is Triton's own: a launch on a GPU finds the file that was compiled without one."""
+    """The specialisation is Triton's own: a launch on a GPU finds the file that was compiled without one.
+
+    Where nothing may be compiled, a launch of what is not is refused.
+    """
     done = _compiled("-c", SAME_FILE)
     assert done.stdout == "same\n", done.stdout + done.stderr
 

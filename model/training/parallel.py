@@ -114,6 +114,21 @@ def start(device: str) -> Iterator[World]:
 
 
 @contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Run on a stream of its own, as no CUDA graph can be captured on the default one; on a CPU nothing changes.
+
+    Enter it before the model is wrapped: DDP lets autograd accumulate each gradient on the stream of that moment, and
+    would make it wait for the stream of the step, parameter by parameter.
+    """
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            stack.enter_context(torch.cuda.stream(stream))
+        yield
+
+
+@contextlib.contextmanager
 def rank0_stdout(world: World) -> Iterator[None]:
     """Silence standard output on ranks other than 0."""
     with contextlib.ExitStack() as stack:
@@ -195,14 +210,12 @@ def wrap(model: nn.Module, kind: Literal["ddp", "fsdp"], world: World, dtype: to
         return model
     if kind == "fsdp":
         return _fully_shard(model, world, dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames an option that 2.11 requires
-        return nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,  # working weights, which every process computes itself
-            gradient_as_bucket_view=True,
-        )
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        forward_sync_buffers=False,  # working weights, which every process computes itself
+        gradient_as_bucket_view=True,
+    )
 
 
 def _fully_shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels import no_compilation
 from model.gpt import GPT, IGNORE_INDEX
 from model.lora import LoraLinear
 from model.training import parallel
@@ -137,6 +138,7 @@ class Step:
         adapters = [module.dropout for module in model.modules() if isinstance(module, LoraLinear)]
         self.has_dropout = max(config.embd_pdrop, config.resid_pdrop, config.attn_pdrop, *adapters) > 0
         self.uses_graph = graph
+        self.batch: Tensor | None = None  # (2, A, B, T): the tokens and targets that the graph reads
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0
 
@@ -145,14 +147,14 @@ class Step:
         self.seed_dropout(step)
         set_lr(self.optimizers, lr)
         self.step.fill_(step)
-        if self.uses_graph and self.graph is None and self.eager_steps == EAGER_STEPS:
-            self._capture(idx, targets)
+        if self.uses_graph:
+            idx, targets = self._static(idx, targets)
+            if self.graph is None and self.eager_steps == EAGER_STEPS:
+                self._capture(idx, targets)
         if self.graph is None:
             self._run(idx, targets)
             self.eager_steps += 1
         else:
-            self.static_idx.copy_(idx)
-            self.static_targets.copy_(targets)
             self.graph.replay()
 
     def seed_dropout(self, step: int) -> None:
@@ -199,12 +201,24 @@ class Step:
         documents = None if self.document_id is None else (idx == self.document_id).cumsum(1)  # (B, T)
         return self.module(idx, targets, documents=documents)[1]
 
+    def _static(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch in the memory that the graph reads, laid out as the loader's.
+
+        The eager steps read it too: Triton compiles anew for an address that is aligned otherwise, and what is launched
+        in a capture has to be compiled.
+        """
+        if self.batch is None:
+            self.batch = torch.stack((idx, targets))
+        else:
+            self.batch[0].copy_(idx)
+            self.batch[1].copy_(targets)
+        return self.batch[0], self.batch[1]
+
     def _capture(self, idx: Tensor, targets: Tensor) -> None:
-        """Record `_run`. Recording computes nothing: the replay that follows is this step."""
-        self.static_idx, self.static_targets = idx.clone(), targets.clone()
+        """Record `_run` on the static batch. Recording computes nothing: the replay that follows is this step."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            self._run(self.static_idx, self.static_targets)
+        with no_compilation(), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            self._run(idx, targets)
         self.graph = graph
 
     def warm_up(self, idx: Tensor, targets: Tensor) -> float:

@@ -1,0 +1,42 @@
+"""train.py and generation on a GPU: a CUDA graph and a stop in the middle change no bit, whatever the options."""
+
+from __future__ import annotations
+
+import cuda_runs
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+# Each option with each backend and dtype, not each with all others: see `make cuda-trace`.
+SOME = [
+    [*kernels, *rest]
+    for kernels in cuda_runs.product(a=["--backend auto", "--backend eager"], b=["--dtype bfloat16", "--dtype float32"])
+    for rest in cuda_runs.product(
+        a=[
+            "--optimizer muon --recompute --ema 0.9",
+            "--document-mask --spikes skip --batch-size 1 --grad-accum 3 --context 15",
+            "--dropout 0",
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize("options", SOME, ids=" ".join)
+def test_graph_changes_no_bit(options, here):
+    cuda_runs.train(*options)
+
+
+@pytest.mark.parametrize("options", SOME, ids=" ".join)
+def test_resumed_run_is_the_straight_one(options, here):
+    cuda_runs.resume(*options)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_step_that_is_not_finite_is_named(backend, here):
+    cuda_runs.fail("--backend", backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
+def test_graph_writes_the_same_text(backend, sampling):
+    cuda_runs.generate(backend, **sampling)
