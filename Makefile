@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test slow lint format gpu static fuzz mutants faults llama clean
+.PHONY: help train test slow lint format gpu static fuzz mutants faults llama exchange clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make mutants  break the kernels one line at a time; the tests must fail each time"
 	@echo "make faults   kill a training run at 50 random moments, fill its disk, damage its checkpoints"
 	@echo "make llama    prove the ids of GGUF files in llama.cpp, installed by npm; RUN=runs/first-run proves that run too"
+	@echo "make exchange prove an exported folder in lm-eval and TransformerLens"
 	@echo "make lint     check format, lint and types"
 	@echo "make format   reformat the source"
 	@echo "make clean    remove .venv and caches"
@@ -68,6 +69,9 @@ $(LLAMA)/.made-$(LLAMA_VERSION):
 
 llama: $(VENV)/.with-test $(LLAMA)/.made-$(LLAMA_VERSION)
 	@LLAMA=$(LLAMA) RUN=$(RUN) $(BIN)/python -m pytest -q -m long tests/test_llama.py $(ARGS)
+
+exchange: $(VENV)/.with-test,eval,lens
+	@$(BIN)/python -m pytest -q -m slow tests/test_exchange.py $(ARGS)
 
 lint: $(VENV)/.with-lint
 	@$(BIN)/ruff format --check .

@@ -92,6 +92,7 @@ MAKE = {  # what a target runs; the rest is installation
     "mutants": "python tests/mutants.py",
     "faults": "python -m pytest -q -m long tests/test_faults.py",
     "llama": "python -m pytest -q -m long tests/test_llama.py",
+    "exchange": "python -m pytest -q -m slow tests/test_exchange.py",
     "lint": "ruff check",
     "format": "ruff format",
 }
