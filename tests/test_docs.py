@@ -94,6 +94,7 @@ MAKE = {  # what a target runs; the rest is installation
     "cuda-trace": "python -m pytest -q -n auto -m long tests/test_fake_cuda.py",
     "as-with-gpu": "python -m pytest -n auto --dist loadfile -m 'not long'",
     "llama": "python -m pytest -q -m long tests/test_llama.py",
+    "exchange": "python -m pytest -q -m slow tests/test_exchange.py",
     "lint": "ruff check",
     "format": "ruff format",
 }
