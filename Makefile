@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test slow lint format gpu static fuzz mutants faults cuda-trace as-with-gpu llama notebooks notebooks-run clean
+.PHONY: help train test slow lint format gpu static fuzz mutants faults cuda-trace as-with-gpu llama exchange notebooks notebooks-run clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make cuda-trace     trace train.py and generation on a CUDA device that is only claimed, under every option (no GPU)"
 	@echo "make as-with-gpu    run the suite as on a machine with a GPU, without what needs it"
 	@echo "make llama          prove the ids of GGUF files in llama.cpp, installed by npm; RUN=runs/first-run proves that run too"
+	@echo "make exchange       prove that lm-eval and TransformerLens find our numbers on an exported folder"
 	@echo "make notebooks      open the notebooks in JupyterLab"
 	@echo "make notebooks-run  run the notebooks and save them with their outputs"
 	@echo "make lint           check format, lint and types"
@@ -79,6 +80,9 @@ $(LLAMA)/.made-$(LLAMA_VERSION):
 
 llama: $(VENV)/.with-test $(LLAMA)/.made-$(LLAMA_VERSION)
 	@LLAMA=$(LLAMA) RUN=$(RUN) $(BIN)/python -m pytest -q -m long tests/test_llama.py $(ARGS)
+
+exchange: $(VENV)/.with-test,eval,lens
+	@$(BIN)/python -m pytest -q -m slow tests/test_exchange.py $(ARGS)
 
 notebooks: $(VENV)/.with-notebooks
 	@$(BIN)/jupyter lab notebooks $(ARGS)

@@ -14,6 +14,9 @@ tokens 1 .. C, each later window the S tokens that no window before it reached: 
 every token but the first counts once, and from C + 1 on each is predicted from at least C - S + 1 tokens before it. By
 default S = C: the windows do not overlap, and the first tokens of each have little context. A longer context alone
 lowers the loss, and so does a smaller stride, for C / S times the work.
+
+EleutherAI's lm-evaluation-harness has the windows of S = C. But it also predicts the first token, after the end-of-text
+id, and its last window begins early enough to be full. tests/lm-eval has its tasks for a text and for questions.
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ MAKE = {  # what a target runs; the rest is installation
     "llama": "python -m pytest -q -m long tests/test_llama.py",
     "notebooks": "jupyter lab notebooks",
     "notebooks-run": "python notebooks/regenerate.py",
+    "exchange": "python -m pytest -q -m slow tests/test_exchange.py",
     "lint": "ruff check",
     "format": "ruff format",
 }
