@@ -85,9 +85,8 @@ def pick_device(device: str) -> str:
     if torch.cuda.is_available() and problem is None:
         return "cuda"
     if device == "cuda":
-        raise UserError(
-            f"torch finds no CUDA device that it can use: {problem + '; or ' if problem else ''}use --device cpu"
-        )
+        nothing = "torch finds no CUDA device on this machine: use --device cpu"
+        raise UserError(f"the NVIDIA GPU cannot be used: {problem}; or use --device cpu" if problem else nothing)
     if problem:
         print(f"note: this machine's NVIDIA GPU is not used: {problem}", file=sys.stderr)
     return "cpu"

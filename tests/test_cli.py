@@ -199,7 +199,7 @@ def test_pick_device(monkeypatch, capsys):
     assert [pick_device(name) for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [pick_device(name) for name in ("auto", "cpu")] == ["cpu", "cpu"]
-    with pytest.raises(UserError, match=": use --device cpu"):
+    with pytest.raises(UserError, match="no CUDA device on this machine: use --device cpu"):
         pick_device("cuda")
     assert capsys.readouterr().err == ""
 

@@ -235,6 +235,7 @@ def test_presets_are_named_and_valid():
 )
 def test_defaults_come_from_the_preset_or_the_machine(argv, has_gpu, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(options, "gpu_problem", lambda: None)
     assert options.default_config(argv) == preset(expected)
 
 
