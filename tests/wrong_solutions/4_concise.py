@@ -42,7 +42,7 @@ def top_k_probs(logits, temperature, k):
 def top_k_probs(logits, temperature, k):
     return torch.softmax(torch.topk(logits / temperature, k).values, dim=0)
 """,
-        "5 probabilities for 50 ids",
+        "the result is (5,), not (50,)",
     ),
     (
         """
@@ -61,6 +61,46 @@ def top_k_probs(logits, temperature, k):
 """,
         "each keeps its own place",
     ),
+    (
+        """
+def top_k_probs(logits, temperature, k):
+    values, ids = torch.topk(logits, k)
+    return torch.zeros_like(logits).scatter(0, ids, torch.softmax(values, dim=0) / temperature)
+""",
+        "sum to 2.00, not to 1: divide the logits by the temperature, not the probabilities",
+    ),
+    (
+        """
+def top_k_probs(logits, temperature, k):
+    scaled = logits / temperature
+    return torch.softmax(scaled.where(scaled > scaled.topk(k).values[-1], float("-inf")), dim=0)
+""",
+        "4 ids can be drawn, not 5: keep the k-th most likely too",
+    ),
+    (
+        """
+def top_k_probs(logits, temperature, k):
+    values, ids = torch.topk(torch.softmax(logits, dim=0), k)
+    return torch.zeros_like(logits).scatter(0, ids, torch.softmax(values / temperature, dim=0))
+""",
+        "is there one softmax, of the logits?",
+    ),
+    (
+        """
+def top_k_probs(logits, temperature, k):
+    values, ids = torch.topk(logits[None] / temperature, k)
+    return torch.zeros_like(logits[None]).scatter(1, ids, torch.softmax(values, dim=1))
+""",
+        "the result is (1, 50), not (50,)",
+    ),
+    (
+        """
+def top_k_probs(logits, temperature, k):
+    values, ids = torch.topk(logits / temperature, k)
+    torch.zeros_like(logits).scatter(0, ids, torch.softmax(values, dim=0))
+""",
+        "returns nothing",
+    ),
 ]
 WRONG["4.2"] = [
     ("def lora_weight(W, A, B, alpha):\n    return W + alpha * B @ A\n", "alpha is not divided by r"),
@@ -69,6 +109,12 @@ WRONG["4.2"] = [
     ("def lora_weight(W, A, B, alpha):\n    W += alpha / len(A) * B @ A\n    return W\n", "writes into W"),
     ("def lora_weight(W, A, B, alpha):\n    return W + alpha / len(A) * A @ B\n", "cannot be multiplied"),
     ("def lora_weight(W, A, B, alpha):\n    return W + B @ A / len(A)\n", "alpha is missing"),
+    ("def lora_weight(W, A, B, alpha):\n    return W + B @ A\n", "the factor alpha / r is missing"),
+    ("def lora_weight(W, A, B, alpha):\n    return W + alpha / RANK * B @ A\n", "not RANK"),
+    ("def lora_weight(W, A, B, alpha):\n    return W + ALPHA / len(A) * B @ A\n", "not ALPHA"),
+    ("def lora_weight(W, A, B, alpha):\n    return W + alpha / len(B) * B @ A\n", "the number of its columns"),
+    ("def lora_weight(W, A, B, alpha):\n    return W + len(A) / alpha * B @ A\n", "is the factor alpha / r?"),
+    ("def lora_weight(W, A, B, alpha):\n    W + alpha / len(A) * B @ A\n", "returns nothing"),
 ]
 WRONG["4.3"] = [
     (
@@ -105,5 +151,37 @@ def lora_parameters(config, rank):
     return config.n_layer * 4 * rank * (config.n_embd + config.n_embd)
 """,
         "each matrix is counted as C to C",
+    ),
+    (
+        """
+def lora_parameters(config, rank):
+    C = config.n_embd
+    return config.n_layer * rank * ((3 * C + C) + (C + C) + (4 * C + C) + (C + C))
+""",
+        "mlp.c_proj goes from 4 C to C",
+    ),
+    (
+        """
+def lora_parameters(config, rank):
+    C = config.n_embd
+    return config.n_layer * rank * ((C + C) + (C + C) + (4 * C + C) + (C + 4 * C))
+""",
+        "c_attn is counted as C to C: it goes from C to 3 C",
+    ),
+    (
+        "def lora_parameters(config, rank):\n    return 16 * RANK * config.n_embd * config.n_layer\n",
+        "use the argument rank, not RANK",
+    ),
+    (
+        "def lora_parameters(config, rank):\n    return 16 * 3 * config.n_embd * config.n_layer\n",
+        "right for rank 3 only",
+    ),
+    (
+        "def lora_parameters(config, rank):\n    return 16 * rank * config.n_embd * config.n_layer / 1\n",
+        "no whole number",
+    ),
+    (
+        "def lora_parameters(config, rank):\n    16 * rank * config.n_embd * config.n_layer\n",
+        "returns nothing",
     ),
 ]
