@@ -42,15 +42,65 @@ def normalize_tokens(x, weight, bias, eps=1e-5):
 """,
         "weight and bias have no effect",
     ),
+    (
+        """
+def normalize_tokens(x, weight, bias, eps=1e-5):
+    return (x - x.mean(-1)) / torch.sqrt(x.var(-1, correction=0) + eps) * weight + bias
+""",
+        "keepdim=True",
+    ),
+    (
+        """
+def normalize_tokens(x, weight, bias, eps=1e-5):
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
+    y = (x - mean) / torch.sqrt(variance + eps) * weight + bias
+""",
+        "is `return` missing?",
+    ),
 ]
 WRONG["3.2"] = [
+    (
+        """
+def through_block(x, ln_1, attn, ln_2, mlp):
+    x = ln_1(x + attn(x))
+    return ln_2(x + mlp(x))
+""",
+        "LayerNorm lies across the stream",
+    ),
+    (
+        """
+def through_block(x, ln_1, attn, ln_2, mlp):
+    x = x + attn(ln_1(x))
+    return mlp(ln_2(x))
+""",
+        "the second shortcut is missing",
+    ),
+    (
+        """
+def through_block(x, ln_1, attn, ln_2, mlp):
+    return x + attn(ln_1(x)) + mlp(ln_2(x))
+""",
+        "the mlp reads the old x",
+    ),
+    (
+        """
+def through_block(x, ln_1, attn, ln_2, mlp):
+    x = x + attn(ln_1(x))
+    return x + mlp(ln_1(x))
+""",
+        "each branch has a LayerNorm of its own",
+    ),
+]
+WRONG["3.3"] = [
     ("def count_block(C):\n    return 12 * C * C", "biases and LayerNorms are missing"),
     ("def count_block(C):\n    return 12 * C * C + 4 * C", "the biases of the four linear layers"),
     ("def count_block(C):\n    return 12 * C * C + 9 * C", "two LayerNorms, with a weight and a bias each"),
     ("def count_block(C):\n    return 10 * C * C + 13 * C", "c_attn has 3 C²"),
+    ("def count_block(C):\n    return 12 * C * C + 11 * C", "the bias of c_attn has 3 C numbers"),
+    ("def count_block(C):\n    return 12 * C * C + 14 * C", "1 C too many"),
     ("def count_block(C):\n    return 198272", "the formula must follow C"),
 ]
-WRONG["3.3"] = [
+WRONG["3.4"] = [
     (
         """
 def loss_from_logits(logits, targets):
@@ -84,15 +134,31 @@ def loss_from_logits(logits, targets):
 """,
         "the sign is wrong",
     ),
+    (
+        """
+def loss_from_logits(logits, targets):
+    m = logits.amax(-1, keepdim=True)
+    log_sum_exp = (logits - m).exp().sum(-1).log()
+    return (log_sum_exp - logits[torch.arange(len(targets)), targets]).mean()
+""",
+        "m is not added back",
+    ),
+    (
+        """
+def loss_from_logits(logits, targets):
+    return (logits.logsumexp(-1) - logits[:, targets]).mean()
+""",
+        "takes every target in every row",
+    ),
 ]
-WRONG["3.4"] = [
+WRONG["3.5"] = [
     (
         """
 def rate_of_step(step, lr, min_lr, warmup, steps):
     if step < warmup:
         return lr * step / warmup
-    t = (step - warmup) / (steps - warmup)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * t)) * (lr - min_lr)
+    u = (step - warmup) / (steps - warmup)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * u)) * (lr - min_lr)
 """,
         "the first batch is wasted",
     ),
@@ -101,18 +167,18 @@ def rate_of_step(step, lr, min_lr, warmup, steps):
 def rate_of_step(step, lr, min_lr, warmup, steps):
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
-    t = step / steps
-    return min_lr + 0.5 * (1 + math.cos(math.pi * t)) * (lr - min_lr)
+    u = step / steps
+    return min_lr + 0.5 * (1 + math.cos(math.pi * u)) * (lr - min_lr)
 """,
-        "t is (step - warmup) / (steps - warmup)",
+        "u is (step - warmup) / (steps - warmup)",
     ),
     (
         """
 def rate_of_step(step, lr, min_lr, warmup, steps):
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
-    t = (step - warmup) / (steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * t)) * lr
+    u = (step - warmup) / (steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * u)) * lr
 """,
         "the rate ends at 0, not at min_lr",
     ),
@@ -121,13 +187,43 @@ def rate_of_step(step, lr, min_lr, warmup, steps):
 def rate_of_step(step, lr, min_lr, warmup, steps):
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
-    t = (step - warmup) / (steps - warmup)
-    return min_lr + (1 + math.cos(math.pi * t)) * (lr - min_lr)
+    u = (step - warmup) / (steps - warmup)
+    return min_lr + (1 + math.cos(math.pi * u)) * (lr - min_lr)
 """,
         "half of (1 + cos) is at most 1",
     ),
+    (
+        """
+def rate_of_step(step, lr, min_lr, warmup, steps):
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    u = (step - warmup) / (steps - warmup)
+    return min_lr + 0.5 * (1 + math.cos(math.pi * u)) * (1 - min_lr)
+""",
+        "is lr in every line?",
+    ),
+    (
+        """
+def rate_of_step(step, lr, min_lr, warmup, steps):
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    u = (step - warmup) / (steps - warmup)
+    return max(min_lr, 0.5 * (1 + math.cos(math.pi * u)) * lr)
+""",
+        "without max()",
+    ),
+    (
+        """
+def rate_of_step(step, lr, min_lr, warmup, steps):
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    u = (step - warmup) / (steps - warmup)
+    rate = min_lr + 0.5 * (1 + math.cos(math.pi * u)) * (lr - min_lr)
+""",
+        "is a `return` missing?",
+    ),
 ]
-WRONG["3.5"] = [
+WRONG["3.6"] = [
     (
         """
 def keep_top_p(probs, p):
@@ -162,6 +258,6 @@ def keep_top_p(probs, p):
     kept = torch.where(ordered.cumsum(-1) - ordered < p, ordered, 0.0)
     return torch.zeros_like(probs).scatter(0, ids, kept / kept.sum())
 """,
-        "tokens are left, not 2",
+        "sort downwards",
     ),
 ]
