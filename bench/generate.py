@@ -251,12 +251,14 @@ def _check_likeliest(low: GPT, model: GPT, prompts: Sequence[Tensor], ids: Tenso
     Its logit may be below the highest by twice what kernels/_proof.py grants an output, the error of `low` being that
     against the exact logits of `model`, whose weights it has in fewer bits.
     """
+    exact_model: GPT | None = None
     for b, (prompt, new) in enumerate(zip(prompts, ids, strict=True)):
         text = torch.cat([prompt, new[:-1]])
         logits = _logits(low, text)[len(prompt) - 1 :]  # (N, V)
         gap = logits.amax(1) - logits.gather(1, new[:, None])[:, 0]
         if gap.any():
-            exact = _logits(_exact(model), text)[len(prompt) - 1 :]
+            exact_model = exact_model or _exact(model)
+            exact = _logits(exact_model, text)[len(prompt) - 1 :]
             allowed, n = 2 * budget(exact, logits, OUTPUT_FACTOR), int(gap.argmax())
             if not gap[n].item() <= allowed:
                 what = f"token {n} of sequence {b} has a logit {gap[n].item():.2g} below the highest"

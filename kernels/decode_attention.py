@@ -192,10 +192,11 @@ def _(q, k_cache, v_cache, lengths):
 def _eager(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """PyTorch's own attention under a mask made of the lengths."""
     if not lengths.is_cuda:  # the host reads them without waiting: no look at what no sequence has filled
-        longest = max([0, *lengths.tolist()])
-        k_cache, v_cache = k_cache[:, :, :longest], v_cache[:, :, :longest]
+        counts = lengths.tolist()
+        k_cache, v_cache = (x[:, :, : max([0, *counts])] for x in (k_cache, v_cache))
+        is_clean = all(math.isfinite(x[:, :, min(counts, default=0) :].sum().item()) for x in (k_cache, v_cache))
     seen = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]  # (B, S)
-    if lengths.is_cuda or not seen.all():  # a masked place has weight 0, and 0 * NaN = NaN: make it 0 * 0
+    if lengths.is_cuda or not is_clean:  # a masked place has weight 0, and 0 * NaN = NaN: make it 0 * 0
         k_cache, v_cache = (x.where(seen[:, None, :, None], 0.0) for x in (k_cache, v_cache))
     o = F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, attn_mask=seen[:, None, None])[:, :, 0]
     return o.where(lengths[:, None, None] > 0, 0.0)  # not every backend of it gives zeros where all is masked

@@ -25,7 +25,8 @@ class KVCache:
         if not 0 < S <= config.n_positions:
             raise ValueError(f"a cache must have 1 to {config.n_positions} tokens, the positions of the model, got {S}")
         H = config.n_head
-        self.kv = torch.empty((config.n_layer, 2, B, H, S, config.head_dim), dtype=dtype, device=device)
+        # Zeros: PyTorch's attention also multiplies what lies past the lengths, by a weight of 0.
+        self.kv = torch.zeros((config.n_layer, 2, B, H, S, config.head_dim), dtype=dtype, device=device)
         self.k, self.v = self.kv.unbind(1)
         self.lengths = torch.zeros(B, dtype=torch.int64, device=device)
         self.length = 0
