@@ -75,6 +75,7 @@ _warn_tf32_disabled()
 """)
 
 
+@pytest.mark.slow
 def test_wrong_lines_are_seen(trace):
     trace("""
 def odd():
