@@ -16,7 +16,7 @@ help:
 	@echo "make fuzz           test every kernel on EXAMPLES=300 random cases"
 	@echo "make mutants        break the kernels one line at a time; the tests must fail each time"
 	@echo "make faults         kill a training run at 50 random moments, fill its disk, damage its checkpoints"
-	@echo "make cuda-trace     trace train.py and generation on a CUDA device that is only claimed, under every option (no GPU)"
+	@echo "make cuda-trace     run train.py and generation with CUDA graphs on a stand-in for a GPU, under every option"
 	@echo "make as-with-gpu    run the suite as on a machine with a GPU, without what needs it"
 	@echo "make llama          prove the ids of GGUF files in llama.cpp, installed by npm; RUN=runs/first-run proves that run too"
 	@echo "make exchange       prove that lm-eval and TransformerLens find our numbers on an exported folder"

@@ -1,10 +1,10 @@
 """Machine code by loop: what the inner loops of a kernel issue, and the ceilings that follow for a device.
 
-A warp's turn of a loop takes a multiprocessor at least the longest of
+One iteration of a loop by one warp takes a multiprocessor at least the longest of
 
     issue    n / 4 cycles: four schedulers start one instruction each a cycle
     special  32 lanes of MUFU (exp2, rsqrt, reciprocal) at 16 a cycle
-    tensor   the turn's floating-point operations on the tensor cores at the device's rate a cycle
+    tensor   the iteration's floating-point operations on the tensor cores at the device's rate a cycle
 
 for as many warps as keep all three busy; latencies, barriers and memory can only make it slower. Of a loop without
 matrix products the issue slots bound the bytes a second instead.
@@ -53,7 +53,7 @@ _ISSUE, _SPECIAL = 4, 16  # instructions, and lanes of MUFU, a cycle and multipr
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop: what one warp issues in a turn."""
+    """An innermost loop: what one warp issues in an iteration."""
 
     n: int  # instructions
     kinds: dict[str, int] = field(default_factory=dict)

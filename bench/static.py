@@ -239,7 +239,7 @@ def ceilings(rows: Iterable[StaticRow], name: str) -> Iterator[str]:
     """The inner loops of the rows compiled for a device's architecture, and what it could do at most: `bench.sass`."""
     device = sass.DEVICES[name]
     yield (
-        f"Inner loops on {name}: instructions of a warp's turn by kind, and ceilings, with {device.multiprocessors} "
+        f"Inner loops on {name}: instructions of an iteration by kind, and ceilings, with {device.multiprocessors} "
         f"multiprocessors at {device.ghz} GHz, {device.tensor} FLOP a cycle each, {device.bandwidth:,.0f} GB/s"
     )
     for row in rows:

@@ -45,7 +45,7 @@ def test_kinds(opcode, kind):
     assert loop.kinds == ({"control": 13} if kind == "control" else {"control": 12, kind: 1})
 
 
-def test_work_of_a_turn():
+def test_work_of_an_iteration():
     code = ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8]", "HMMA.16816.F32.BF16 R4, R8", "LDG.E.128 R4, desc[UR4][R2.64]"]
     code += ["LDG.E.U16 R4", "LDG.E R4", "STG.E.64 desc[UR4][R2.64], R4", "LDGDEPBAR", "WARPGROUP.ARRIVE"]
     (loop,) = sass.loops(_code(*code, *FILLER, "BRA -> 0"))

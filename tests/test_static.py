@@ -127,7 +127,7 @@ def test_every_kernel_is_seen_by_the_survey():
         assert len(names) >= 1 + bool(spec.grads)
 
 
-# Triton's own way from a launch to a compiled file, up to the hash that names the file, on a GPU that is only claimed.
+# Triton's own way from a launch to a compiled file, up to the hash that names the file, on a stand-in for a GPU.
 SAME_FILE = """
 import torch
 from triton.backends.compiler import GPUTarget
