@@ -96,8 +96,10 @@ def build_problem() -> str | None:
     """Why Triton could not build the small C file that launches its kernels, once per machine; None where it can."""
     if not HAS_TRITON or triton.knobs.build.impl is not None:
         return None
-    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
-        return "Triton needs a C compiler: apt install gcc, or name one in CC"
+    own = os.environ.get("CC")  # Triton takes it without a look at others
+    if not any(map(shutil.which, ("gcc", "clang") if own is None else (own,))):
+        wrong = "" if own is None else f", and CC={own} is none"
+        return f"Triton needs a C compiler{wrong}: apt install gcc, or name one in CC"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does, for Debian
     if not (Path(sysconfig.get_paths(scheme)["include"]) / "Python.h").exists():
         version = ".".join(platform.python_version_tuple()[:2])

@@ -110,6 +110,10 @@ def test_compiler_and_headers(tools, monkeypatch):
     monkeypatch.setenv("CC", "gcc-12")
     _machine.build_problem.cache_clear()
     assert _machine.build_problem() is None
+    tools("gcc")
+    monkeypatch.setenv("CC", "icc")
+    _machine.build_problem.cache_clear()
+    assert "CC=icc is none" in _machine.build_problem()
 
 
 def test_missing_headers(tools):
