@@ -58,7 +58,7 @@ class Loop:
     n: int  # instructions
     kinds: dict[str, int] = field(default_factory=dict)
     warpgroup: int = 0  # WARPGROUP instructions
-    flops: int = 0  # of a warp on the tensor cores; 0 where the code does not say (sm_100)
+    flops: int = 0  # of a warp on the tensor cores
     bytes: int = 0  # that a warp loads and stores without a bulk copy
 
     def ceilings(self, device: Device) -> dict[str, float]:
@@ -72,9 +72,10 @@ class Loop:
         return {f"{name} TFLOP/s": self.flops / n * per_second / 1e12 for name, n in cycles.items() if n}
 
 
-def loops(sass: str) -> list[Loop]:
-    """The innermost loops in the output of `cuobjdump -sass` for one kernel, in its order."""
+def loops(sass: str, num_warps: int) -> list[Loop]:
+    """The innermost loops in the output of `cuobjdump -sass` for one kernel of num_warps, in its order."""
     code = [(int(address, 16), name, rest) for address, name, rest in _LINE.findall(sass)]
+    flops = _flops([(name, rest) for _, name, rest in code], num_warps)
     index = {address: i for i, (address, _, _) in enumerate(code)}
     spans = set()
     for i, (address, name, rest) in enumerate(code):
@@ -84,30 +85,38 @@ def loops(sass: str) -> list[Loop]:
     inner = [
         (a, b) for a, b in spans if not any((a, b) != other and a <= other[0] and other[1] <= b for other in spans)
     ]
-    return [_loop(code[a : b + 1]) for a, b in sorted(inner) if b - a + 1 >= _FEWEST]
+    spans = [(a, b + 1) for a, b in sorted(inner) if b - a + 1 >= _FEWEST]
+    return [_loop([name for _, name, _ in code[a:b]], sum(flops[a:b])) for a, b in spans]
 
 
-def _loop(code: list[tuple[int, str, str]]) -> Loop:
+def _loop(names: list[str], flops: int) -> Loop:
     kinds: Counter[str] = Counter()
-    for _, name, _ in code:
+    for name in names:
         match = _KIND.match(name)
         kinds[(match and match.lastgroup) or "integer"] += 1
-    return Loop(
-        len(code),
-        dict(sorted(kinds.items())),
-        sum(name.startswith("WARPGROUP") for _, name, _ in code),
-        sum(_flops(name) for _, name, _ in code),
-        sum(_bytes(name) for _, name, _ in code),
-    )
+    warpgroup = sum(name.startswith("WARPGROUP") for name in names)
+    return Loop(len(names), dict(sorted(kinds.items())), warpgroup, flops, sum(map(_bytes, names)))
 
 
-def _flops(name: str) -> int:
-    """Of one warp: HGMMA.64x64x16 is that of a group of four; HMMA.16816 is 16 x 8 x 16."""
-    if shape := re.match(r"HGMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)", name):
-        return 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) // 4
-    if shape := re.match(r"HMMA\.(16)(8)(\d+)", name):
-        return 2 * int(shape[1]) * int(shape[2]) * int(shape[3])
-    return 0
+def _flops(code: list[tuple[str, str]], num_warps: int) -> list[int]:
+    """Of one warp, for each instruction. HGMMA.64x64x16 is that of a group of four; HMMA.16816 is 16 x 8 x 16.
+
+    UTCHMMA is issued once for all warps of a block, and its shape lies in a uniform register, set shortly before: PTX
+    ISA, "Instruction descriptor" of tcgen05.mma: N / 8 from bit 17, M / 16 from bit 24, the type of A from bit 7.
+    """
+    constants: dict[str, int] = {}
+    flops = [0] * len(code)
+    for i, (name, rest) in enumerate(code):
+        if move := re.match(r"\s*(UR\d+), 0x([0-9a-f]+)\s*$", rest) if name == "UMOV" else None:
+            constants[move[1]] = int(move[2], 16)
+        elif shape := re.match(r"HGMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)", name) or re.match(r"HMMA\.(16)(8)(\d+)", name):
+            warps = 4 if name.startswith("HG") else 1
+            flops[i] = 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) // warps
+        elif name == "UTCHMMA" and (register := re.search(r"idesc\[(UR\d+)\]", rest)):
+            descriptor = constants.get(register[1], 0)
+            M, N, K = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8, 8 if descriptor >> 7 & 7 == 2 else 16
+            flops[i] = 2 * M * N * K // num_warps
+    return flops
 
 
 def _bytes(name: str) -> int:

@@ -201,7 +201,7 @@ def read_back(launch: Launch, dtype: torch.dtype, arch: int) -> StaticRow:
         wanted=_wanted(compiled.asm["ttir"], arch, row["num_warps"]),
         wide_loads=sum(bool(_WIDE_LOAD.match(name)) for name in instructions), aligned=_aligned(launch),
         blocks_per_sm=_blocks_per_sm(arch, registers, compiled.metadata.shared, row["num_warps"], columns),
-        loops=tuple(sass.loops(code)),
+        loops=tuple(sass.loops(code, compiled.metadata.num_warps)),
     )  # fmt: skip
 
 

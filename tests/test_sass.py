@@ -23,7 +23,7 @@ def test_innermost_loops_are_found_in_order():
     # 0..24 encloses 2..13 and 14..25; a jump forward and a wait of three instructions are no loops
     code = [*("NOP",) * 2, *FILLER, "@P0 BRA -> 40", "@!P1 BRA -> 2", *FILLER, "FADD R1, R2, R3", "@P0 BRA -> 14"]
     code += ["@P2 BRA -> 0", "SYNCS.PHASECHK R1", "NOP", "@!P0 BRA -> 27", "EXIT", "BRA -> 31"]
-    first, second = sass.loops(_code(*code))
+    first, second = sass.loops(_code(*code), 4)
     assert (first.n, second.n) == (12, 12)
     assert first.kinds == {"control": 2, "integer": 10} and second.kinds == {"control": 1, "float": 1, "integer": 10}
 
@@ -41,16 +41,24 @@ def test_innermost_loops_are_found_in_order():
     ],
 )  # fmt: skip
 def test_kinds(opcode, kind):
-    (loop,) = sass.loops(_code(f"@P0 {opcode} R1, R2", *("NOP",) * 11, "BRA -> 0"))
+    (loop,) = sass.loops(_code(f"@P0 {opcode} R1, R2", *("NOP",) * 11, "BRA -> 0"), 4)
     assert loop.kinds == ({"control": 13} if kind == "control" else {"control": 12, kind: 1})
 
 
 def test_work_of_an_iteration():
     code = ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8]", "HMMA.16816.F32.BF16 R4, R8", "LDG.E.128 R4, desc[UR4][R2.64]"]
     code += ["LDG.E.U16 R4", "LDG.E R4", "STG.E.64 desc[UR4][R2.64], R4", "LDGDEPBAR", "WARPGROUP.ARRIVE"]
-    (loop,) = sass.loops(_code(*code, *FILLER, "BRA -> 0"))
+    (loop,) = sass.loops(_code(*code, *FILLER, "BRA -> 0"), 4)
     assert loop.flops == 2 * 64 * 128 * 16 // 4 + 2 * 16 * 8 * 16
     assert loop.bytes == 32 * (16 + 2 + 4 + 8) and loop.warpgroup == 1
+
+
+def test_products_of_blackwell_take_their_shape_from_a_register():
+    code = ["UMOV UR33, 0x8100490", "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR9], tmem[UR32], idesc[UR33], UPT"]
+    code += ["UMOV UR33, 0x4200910", "@P1 UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR9], tmem[UR32], idesc[UR33], !UPT"]
+    (loop,) = sass.loops(_code(*code, *FILLER, "BRA -> 0"), 8)
+    bf16, tf32 = 2 * 128 * 64 * 16, 2 * 64 * 128 * 8
+    assert loop.flops == (bf16 + tf32) // 8 and loop.kinds["tensor"] == 2
 
 
 def test_ceilings():
