@@ -9,14 +9,21 @@ import itertools
 import tempfile
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from small_model import batch, small_model, small_tokenizer
 from trainer import SMALL, call, state
 
 from kernels import use_backend
 from model import checkpoint
+from model.config import GPTConfig
 from model.generate import Continuation
+from model.gpt import GPT
 from model.sampling import Sampling
+from model.training import optim, parallel
 from model.training.options import TrainConfig
+from model.training.parallel import World
+from model.training.step import Guard, Step
 
 STEPS = 8  # three eager ones, the capture, and replays; the evaluation and the checkpoint of step 6 lie between
 STOP = 6
@@ -58,6 +65,39 @@ def resume(*options: str) -> None:
     straight, stopped = run(*options), run(*options, steps=STOP)
     assert call("--resume", stopped, "--steps", STEPS) == 0
     assert state(stopped, STEPS) == state(straight, STEPS), f"{options}, resumed, is another run"
+
+
+def one_of_a_group(kind: str, device: torch.device) -> None:
+    """Steps of one process in a group of one, whose collectives are NCCL's on a GPU, are those without a group."""
+    with tempfile.NamedTemporaryFile() as file:
+        store = dist.FileStore(file.name, 1)
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=own)
+        try:
+            host = dist.new_group(backend="gloo")
+            losses, weights = zip(*(steps(kind, World(0, 1, 0, device, group)) for group in (None, host)))
+        finally:
+            dist.destroy_process_group()
+    torch.testing.assert_close(losses[1], losses[0])
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, msg=name)
+
+
+def steps(kind: str, world: World) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of some steps with two micro-steps each, and the whole weights after them."""
+    torch.manual_seed(3)
+    with parallel.side_stream(world.device):
+        model = GPT(GPTConfig(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2)).to(world.device)
+        module = parallel.wrap(model, kind, world, torch.float32)
+        assert (module is model) == (world.host is None or kind == "fsdp")  # which shards the model itself
+        optimizers = optim.build(model, kind="adamw", betas=(0.9, 0.95), weight_decay=0.1)
+        step = Step(model, module, optimizers, Guard(world.device), world, grad_clip=1.0, seed=7)
+        losses = []
+        for k in range(1, STEPS + 1):
+            ids = torch.randint(40, (2, 3, 17), generator=torch.Generator().manual_seed(k)).to(world.device)
+            step(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), step=k, lr=1e-2)
+            losses.append(step.loss.item())
+    return losses, parallel.gather(dict(model.named_parameters()), world)
 
 
 def fail(*options: str) -> None:

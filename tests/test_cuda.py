@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cuda_runs
 import pytest
+import torch
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +35,11 @@ def test_resumed_run_is_the_straight_one(options, here):
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_step_that_is_not_finite_is_named(backend, here):
     cuda_runs.fail("--backend", backend)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_steps_on_nccl_are_those_of_one_process(kind):
+    cuda_runs.one_of_a_group(kind, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])

@@ -14,6 +14,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import cuda_runs
 import pytest
 import torch
 import torch.distributed as dist
@@ -489,6 +490,11 @@ def test_one_process_needs_no_group(monkeypatch):
     assert parallel.wrap(model, "fsdp", ALONE, torch.float32) is model
     assert parallel.any_rank([True, False], ALONE) == [True, False] and parallel.broadcast("x", ALONE) == "x"
     assert parallel.sum_all(torch.tensor(3.0), ALONE) == 3
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_group_of_one_changes_nothing(kind):
+    cuda_runs.one_of_a_group(kind, torch.device("cpu"))
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -206,7 +206,7 @@ def wrap(model: nn.Module, kind: Literal["ddp", "fsdp"], world: World, dtype: to
     model: on world.device, with the same weights on every process. dtype: of activations. Names and shapes of
     model.named_parameters() stay, and `model` itself can still be called; with FSDP2 that is collective.
     """
-    if world.size == 1:
+    if world.host is None:
         return model
     if kind == "fsdp":
         return _fully_shard(model, world, dtype)
@@ -340,7 +340,7 @@ def barrier(world: World) -> None:
 
 def sum_all(t: Tensor, world: World) -> Tensor:
     """Add up t over all processes, in place, on its device."""
-    if world.size > 1:
+    if world.host is not None:
         dist.all_reduce(t)
     return t
 
