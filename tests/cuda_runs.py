@@ -75,7 +75,7 @@ def one_of_a_group(kind: str, device: torch.device) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=own)
         try:
             host = dist.new_group(backend="gloo")
-            losses, weights = zip(*(steps(kind, World(0, 1, 0, device, group)) for group in (None, host)))
+            losses, weights = zip(*(steps(kind, World(0, 1, 0, device, group)) for group in (None, host)), strict=True)
         finally:
             dist.destroy_process_group()
     torch.testing.assert_close(losses[1], losses[0])
