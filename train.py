@@ -306,11 +306,12 @@ class Trainer:
                 self.model, self.tokens.val, context=cfg.context, batch_size=self.batch_size,
                 max_windows=cfg.eval_windows, world=self.world,
             )  # fmt: skip
-            sample = None
-            if cfg.sample_tokens and (self.world.rank == 0 or cfg.parallel == "fsdp"):  # sharded, all ranks take part
+            val_loss, sample = parallel.broadcast(val_loss, self.world), None
+            wanted = cfg.sample_tokens > 0 and math.isfinite(val_loss)
+            if wanted and (self.world.rank == 0 or cfg.parallel == "fsdp"):  # sharded, all ranks take part
                 _, sample = write_sample(self.model, self.tokens.tokenizer, tokens=cfg.sample_tokens, seed=cfg.seed)
         self.model.refresh_working_weights()
-        return parallel.broadcast(val_loss, self.world), sample
+        return val_loss, sample
 
     def validate(self, step: int) -> None:
         val_loss, sample = self.measure()
@@ -330,6 +331,10 @@ class Trainer:
 
     def save(self, step: int) -> None:
         parts = self.gather_state()
+        # An update can spoil them after a loss and a gradient that were finite.
+        spoilt = not all(t.isfinite().all() for name in checkpoint.WEIGHTS for t in parts.get(name, {}).values())
+        if parallel.any_rank([spoilt], self.world)[0]:
+            raise Diverged(f"the weights are not finite after step {step}", self.folder)
         if self.world.rank == 0:
             checkpoint.save(
                 self.folder, step, parts, config=self.cfg.run_options(), model=self.config,

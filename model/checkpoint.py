@@ -44,6 +44,7 @@ FORMAT = 2
 STATE, VALIDATION = "state.json", "validation.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"  # files that PEFT knows
 PEFT_PREFIX = "base_model.model."  # of the names in the former
+WEIGHTS = "model", ADAPTER, "ema"
 Parts = dict[str, dict[str, Tensor]]  # "model" or ADAPTER, "optimizer", "ema", "trainer" -> tensors by name
 
 
@@ -210,7 +211,7 @@ def check_model(checkpoint: Checkpoint, config: GPTConfig, trained: Mapping[str,
         with torch.device("meta"):
             trained = dict(GPT(config).named_parameters())
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
-    weights = [checkpoint.parts[part] for part in ("model", ADAPTER, "ema") if part in checkpoint.parts]
+    weights = [checkpoint.parts[part] for part in WEIGHTS if part in checkpoint.parts]
     pairs = [({name: tuple(t.shape) for name, t in tensors.items()}, shapes) for tensors in weights]
     for saved, wanted in [(checkpoint.state["model"], config.to_dict()), *pairs]:
         for name in wanted | saved:

@@ -324,6 +324,17 @@ def test_spike_ends_the_run(here, capsys, monkeypatch):
     assert details["step"] == 137 and found["losses"][0] < 5 and found["gradients_not_finite"] == []
 
 
+def test_weights_that_are_not_finite_end_the_run(here, capsys, monkeypatch):
+    """The last update spoils them, after a loss and a gradient that were finite: the checkpoint before it stays."""
+    lr_at = TrainConfig.lr_at
+    monkeypatch.setattr(TrainConfig, "lr_at", lambda self, step: math.nan if step == 20 else lr_at(self, step))
+    assert call(*SMALL, "--steps", 20, "--keep-last", 1) == 1
+    err = capsys.readouterr().err
+    assert "the weights are not finite after step 20" in err and "step-00000010 in runs/tiny is good" in err
+    assert call(*SMALL, "--steps", 30, "--eval-every", 20, "--save-every", 30, "--out", "other") == 1
+    assert "the validation loss is nan at step 20" in capsys.readouterr().err
+
+
 def test_float16_overflow_is_skipped_and_metrics_stay_json(here, monkeypatch):
     monkeypatch.setattr(model.training.step, "FIRST_SCALE", 2.0**40)
     assert call(*SMALL, "--dtype", "float16", "--steps", 30, "--log-every", 1) == 0
