@@ -21,6 +21,7 @@ from bench import report, tables
 from bench.record import Report
 from kernels import _proof
 from kernels._registry import all_specs
+from kernels._triton import INTERPRET
 from model.training.options import TrainConfig, preset_names
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,8 @@ PROCESS = {  # what needs a process of its own: several of them, a pytest in pyt
     "pytest": ["-m", "pytest"],
     "python -m bench static": ["-m", "bench", "static"],
 }
+if not INTERPRET:  # then it starts itself anew, interpreted, in the place of this process
+    PROCESS["python -m kernels check"] = ["-m", "kernels", "check"]
 SLOW = (*PROCESS, *(f"python -m bench {what}" for what in ("kernels", "train", "quality", "generate", "memory")))
 
 
