@@ -25,14 +25,14 @@ import torch
 from bench import command, peers, roofline
 from bench.generate import Generate
 from bench.kernels import Kernels, proof_failure
-from bench.record import CONTROL, Report, Row, dtype_name
+from bench.record import CONTROL, Report, Row
 from bench.supervise import Budget, Job, supervise
 from bench.train_step import PROVIDERS, Train
 from kernels import _check
 from kernels._backend import device_problem
 from kernels._compile import check_launches, compile_launch, launches, unique
 from kernels._launch import arch_of, sm_count
-from kernels._registry import KernelSpec, all_specs
+from kernels._registry import KernelSpec, all_specs, dtype_name
 from model.cli import UserError
 from model.files import write_atomic
 

@@ -19,21 +19,16 @@ from torch import Tensor
 from torch._functorch import config as autograd_config
 
 from bench import command, memory, peers, roofline, timing
-from bench.record import CONTROL, Report, Row, dtype_name
+from bench.record import CONTROL, Report, Row
 from bench.roofline import Roofs
 from kernels import _proof
-from kernels._registry import Case, KernelSpec, all_specs
+from kernels._registry import Case, KernelSpec, all_specs, case_text, dtype_name
 
 Mode = Literal["forward", "backward", "both"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "both")
 Gate = Callable[[KernelSpec, torch.dtype], str]
 
 _CPU_SHARE, _CPU_FLOPS = 64, 2**34
-
-
-def case_text(case: Case) -> str:
-    """A case as reports show it: ``B=64 H=12 T=1024 D=64``."""
-    return " ".join(f"{k}={v}" for k, v in case.items() if k != "why")
 
 
 def cpu_case(spec: KernelSpec, case: Case) -> Case | None:

@@ -13,21 +13,13 @@ from . import _machine
 from ._backend import device_problem
 from ._machine import this_device
 from ._proof import FAMILIES, Comparison, prove_family
-from ._registry import Case, all_specs
+from ._registry import all_specs, case_text, dtype_name
 
 
 def describe() -> list[str]:
     """What this machine runs, and why, line by line."""
     problem = device_problem("cuda", 0) if this_device().type == "cuda" else None
     return [*_machine.describe(problem), f"kernels: {', '.join(all_specs())}"]
-
-
-def _case_text(case: Case) -> str:
-    return " ".join(f"{k}={v}" for k, v in case.items() if k != "why")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class CheckResult:
             worst = [max((c for c in group if c.family == name), key=_severity, default=None) for name in FAMILIES]
             cells = "".join(f"{'-' if c is None else format(c.ratio, '.2f'):>9}" for c in worst)
             top = max(group, key=_severity)
-            lines.append(f"{kernel:<22} {_dtype_name(dtype):<9}{cells}  {top.name}: {_case_text(top.case)}")
+            lines.append(f"{kernel:<22} {dtype_name(dtype):<9}{cells}  {top.name}: {case_text(top.case)}")
         return lines
 
     def report(self) -> list[str]:
@@ -74,7 +66,7 @@ class CheckResult:
     def as_dict(self) -> dict[str, Any]:
         """The whole check, JSON-serialisable; schema 1."""
         rows = [
-            {**asdict(c), "case": dict(c.case), "dtype": _dtype_name(c.dtype), "case_dtype": _dtype_name(c.case_dtype),
+            {**asdict(c), "case": dict(c.case), "dtype": dtype_name(c.dtype), "case_dtype": dtype_name(c.case_dtype),
              "passed": c.passed}
             for c in self.comparisons
         ]  # fmt: skip
@@ -128,16 +120,16 @@ def check(
             if out_of_time():
                 skipped = len(jobs) - done
                 break
-            job = f"{spec.name} {_dtype_name(dtype)} {family}"
-            progress.update(task, completed=done, description=f"{job} {_case_text(case)}")
+            job = f"{spec.name} {dtype_name(dtype)} {family}"
+            progress.update(task, completed=done, description=f"{job} {case_text(case)}")
             try:
                 results = list(prove_family(family, spec, case, dtype, device))
             except Exception as error:  # a kernel that cannot run has failed, and the others still get their turn
-                wrong = [f"{job} {_case_text(case)}: {type(error).__name__}: {error}"]
+                wrong = [f"{job} {case_text(case)}: {type(error).__name__}: {error}"]
             else:
                 comparisons += results
                 wrong = [
-                    f"{job} {_case_text(c.case)}: {c.name} is off by {c.error:.3e}, allowed {c.allowed:.3e}"
+                    f"{job} {case_text(c.case)}: {c.name} is off by {c.error:.3e}, allowed {c.allowed:.3e}"
                     for c in results
                     if not c.passed
                 ]

@@ -72,9 +72,19 @@ class Loop:
         return {f"{name} TFLOP/s": self.flops / n * per_second / 1e12 for name, n in cycles.items() if n}
 
 
+def _parse(sass: str) -> list[tuple[int, str, str]]:
+    """(address, opcode, the rest) of each instruction."""
+    return [(int(address, 16), name, rest) for address, name, rest in _LINE.findall(sass)]
+
+
+def whole(sass: str) -> Loop:
+    """All instructions, as if they were one loop: of a kernel without one."""
+    return _loop(_parse(sass))
+
+
 def loops(sass: str) -> list[Loop]:
     """The innermost loops in the output of `cuobjdump -sass` for one kernel, in its order."""
-    code = [(int(address, 16), name, rest) for address, name, rest in _LINE.findall(sass)]
+    code = _parse(sass)
     index = {address: i for i, (address, _, _) in enumerate(code)}
     spans = set()
     for i, (address, name, rest) in enumerate(code):
