@@ -1,7 +1,8 @@
 """The check of `python -m kernels check`: every kernel, in every family of cases, against float64 on this machine."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import _machine
+from . import _machine, _tables
 from ._backend import device_problem
 from ._machine import this_device
 from ._proof import FAMILIES, Comparison, prove_family
@@ -19,7 +20,8 @@ from ._registry import all_specs, case_text, dtype_name
 def describe() -> list[str]:
     """What this machine runs, and why, line by line."""
     problem = device_problem("cuda", 0) if this_device().type == "cuda" else None
-    return [*_machine.describe(problem), f"kernels: {', '.join(all_specs())}"]
+    tables = _tables.describe(this_device()) if this_device().type == "cuda" else ()
+    return [*_machine.describe(problem), *tables, f"kernels: {', '.join(all_specs())}"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,17 @@ def _severity(comparison: Comparison) -> float:
     return float("inf") if comparison.ratio != comparison.ratio else comparison.ratio
 
 
+@contextlib.contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar with the time left, on a terminal only. The function yielded adds so many done, and shows what is next."""
+    columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}")
+    with Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda done, text: progress.update(task, advance=done, description=text)
+
+
 def check(
     ops: list[str],
     dtypes: list[torch.dtype],
@@ -106,22 +119,13 @@ def check(
     failures: list[str] = []
     failed: set[tuple[str, torch.dtype]] = set()
     skipped, started = 0, time.perf_counter()
-    columns = (
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(jobs))
+    with progress_bar(len(jobs)) as advance:
         for done, (spec, dtype, family, case) in enumerate(jobs):
             if out_of_time():
                 skipped = len(jobs) - done
                 break
             job = f"{spec.name} {dtype_name(dtype)} {family}"
-            progress.update(task, completed=done, description=f"{job} {case_text(case)}")
+            advance(min(done, 1), f"{job} {case_text(case)}")
             try:
                 results = list(prove_family(family, spec, case, dtype, device))
             except Exception as error:  # a kernel that cannot run has failed, and the others still get their turn

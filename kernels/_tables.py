@@ -27,6 +27,7 @@ import torch
 
 from ._dispatch import warn_once
 from ._launch import table_device
+from ._registry import all_specs
 from ._triton import tl, triton
 
 Options = dict[str, int]  # BLOCK_M, num_warps, num_stages, ...: tl.constexpr arguments, options of a launch, grid sizes
@@ -105,6 +106,14 @@ def overriding(override: Callable[[Choice], Options]) -> Iterator[None]:
         _override = previous
 
 
+@contextlib.contextmanager
+def surveying() -> Iterator[list[Choice]]:
+    """Inside the block `choose` gives defaults, and writes down what it was asked."""
+    choices: list[Choice] = []
+    with overriding(lambda choice: choices.append(choice) or choice.default):  # type: ignore[func-returns-value]
+        yield choices
+
+
 def untuned() -> contextlib.AbstractContextManager[None]:
     """Inside the block every launch has its default options."""
     return overriding(lambda choice: choice.default)
@@ -146,11 +155,10 @@ def entry_id(kernel: str, key: Mapping[str, Any]) -> str:
 def source_hash(kernel: str) -> str:
     """SHA-256 of a kernel's source, of the @triton.jit functions that it calls, and of the constants they name.
 
-    Of all of this package's kernel files for a choice that is not a kernel's own, such as a number of rows.
+    Of all kernel files of this package for a choice that is not a kernel's own, such as a number of rows.
     """
-    package = __package__ or ""
-    modules = [m for name, m in sorted(sys.modules.items()) if name.startswith((f"{package}.", "__main__")) and m]
-    found = [vars(m)[f"_{kernel}_kernel"] for m in modules if f"_{kernel}_kernel" in vars(m)]
+    modules = [vars(sys.modules[spec.fn.__module__]) for spec in all_specs().values()]
+    found = [names[f"_{kernel}_kernel"] for names in modules if f"_{kernel}_kernel" in names]
     if found:
         parts = list(dict.fromkeys(_sources(found[0], set())))
     else:
@@ -276,7 +284,7 @@ def launch_tables(device: torch.device) -> str | None:
 
 def describe(device: torch.device) -> Iterator[str]:
     """Which tables are in force on a GPU, and why, line by line."""
-    if not tables(device):
+    if launch_tables(device) is None:
         yield f"launch tables: untimed defaults, there is none for this GPU: {COMMAND}"
         return
     yield f"launch tables: {launch_tables(device)}"
