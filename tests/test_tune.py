@@ -1,4 +1,4 @@
-"""Launch tables: what is chosen by measurement, what is refused, and which table is in force. No GPU, a made-up clock."""
+"""Launch tables: what is chosen by measurement, what is refused, which table is in force. No GPU: a made-up clock."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from kernels._launch import assume_arch, launch, record_launches
 from kernels._proof import evaluate
 from kernels._registry import KernelSpec
 from kernels._tables import Gpu, Table, choose
-from kernels._triton import HAS_TRITON, tl, triton
+from kernels._triton import HAS_TRITON, triton
 
 GPU = Gpu("NVIDIA Test GPU 80GB", 90, 132, str(triton.__version__))
 CUDA = torch.device("cuda", 0)  # a name: nothing is allocated on it
@@ -26,26 +26,32 @@ DEFAULT = {"BLOCK": 32, "MODE": RIGHT}
 SPACE = {"BLOCK": (16, 32, 64), "MODE": (RIGHT, ULP, WRONG, RAISES)}
 
 
-@triton.jit
-def _triple(x, MODE: tl.constexpr):
-    y = x * 3.0
-    if MODE == 1:
-        y = y * 1.0000001
-    if MODE == 2:
-        y = y * 1.01
-    return y
+class Kernel:
+    """Stands in for @triton.jit, for speed: its function runs once, on whole tensors."""
+
+    def __init__(self, fn):
+        self.fn, self.__name__ = fn, fn.__name__
+
+    def __call__(self, *args):
+        return self.fn(*args)
+
+    def __getitem__(self, grid):
+        return self.fn
 
 
-@triton.jit
-def _triple_fwd_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, MODE: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs, _triple(tl.load(x_ptr + offs, mask=offs < n, other=0.0), MODE), mask=offs < n)
+@Kernel
+def _triple(x, MODE):
+    return x * 3.0 * (1.0, 1.0000001, 1.01)[MODE]
 
 
-@triton.jit
-def _triple_bwd_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, MODE: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs, _triple(tl.load(x_ptr + offs, mask=offs < n, other=0.0), MODE), mask=offs < n)
+@Kernel
+def _triple_fwd_kernel(x, y, n, BLOCK, MODE):
+    y.copy_(_triple(x, MODE))
+
+
+@Kernel
+def _triple_bwd_kernel(x, y, n, BLOCK, MODE):
+    y.copy_(_triple(x, MODE))
 
 
 def _run(name, kernel, x):
@@ -54,7 +60,7 @@ def _run(name, kernel, x):
     options = choose(name, DEFAULT, SPACE, x.device, dtype=x.dtype, N=x.shape[-1])
     if options["MODE"] == RAISES:
         raise RuntimeError("no room for it")
-    launch(kernel, (triton.cdiv(x.numel(), options["BLOCK"]),), x, y, x.numel(), **options)
+    launch(kernel, (-(-x.numel() // options["BLOCK"]),), x, y, x.numel(), **options)
     return y
 
 
@@ -238,7 +244,7 @@ def test_the_winner_passes_every_family_or_the_next_takes_its_place(monkeypatch)
         return wrong(target, candidate, cases, machine, families)
 
     monkeypatch.setattr(_tune, "_wrong", in_layouts)
-    _tuned(Machine(lambda o, i: {16: 0.8, 32: 1.0, 64: 0.7}[o["BLOCK"]]))
+    _tuned(Machine(lambda o, i: {16: 0.75, 32: 1.0, 64: 0.7}[o["BLOCK"]]))
     assert _entries()["triple_fwd"]["chosen"] == {"BLOCK": 16, "MODE": RIGHT}
 
 
@@ -272,6 +278,10 @@ def test_lost_gpu_ends_the_work_and_keeps_what_was_found():
 
 
 # --- a kill, Ctrl-C, a full disk -------------------------------------------------------------------------------------
+
+
+def _interrupt(*args):
+    raise KeyboardInterrupt
 
 
 class Killed(BaseException):
@@ -453,7 +463,6 @@ def test_source_counts_what_the_kernel_calls(monkeypatch):
     before = _tables.source_hash("triple_fwd")
     assert before != _tables.source_hash("triple_bwd") and len(before) == 16
     _tables.source_hash.cache_clear()
-    monkeypatch.setattr(_triple.fn, "__globals__", {}, raising=False) if False else None
     getsource = _tables.inspect.getsource
     changed = lambda f: getsource(f) + "#" * (f.__name__ == "_triple")  # noqa: E731
     monkeypatch.setattr(_tables.inspect, "getsource", changed)
@@ -548,7 +557,7 @@ def test_command_tunes_and_copies(gpu, capsys, tmp_path):
 
 @interpreted
 def test_command_ends_well(gpu, capsys, tmp_path):
-    gpu.seconds = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    gpu.seconds = _interrupt
     assert command.main(["tune", *ARGV, "--quick"]) == 130
     assert "interrupted; 0 measured" in capsys.readouterr().out
     assert command.main(["tune", "--op", "bias_gelu", "layer_norm"]) in (0, 130)  # as soon as they declare a space
