@@ -23,6 +23,7 @@ from bench.record import CONTROL, Report, Row
 from bench.roofline import Roofs
 from kernels import _proof
 from kernels._registry import Case, KernelSpec, all_specs, case_text, dtype_name
+from kernels._tables import untuned
 
 Mode = Literal["forward", "backward", "both"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "both")
@@ -109,6 +110,7 @@ class Kernels(command.Timed):
                 if "triton" in functions and (reason := gate(spec, dtype)):
                     yield [Row("kernels", {"op": spec.name, "dtype": dtype_name(dtype)}, "triton", error=reason)]
                     del functions["triton"]
+                    functions.pop("untuned", None)
                 for case in chosen if functions else ():  # without a name, a case is freed before the next is drawn
                     yield from _Case(spec, case, dtype, device, functions, roofs, self.seconds).run(self._modes(spec))
 
@@ -175,7 +177,15 @@ class _Case:
 
     def _maker(self, provider: str, fn: peers.Function, mode: str) -> timing.Maker:
         copies = (self.spec.name, provider) in peers.OVERWRITES
-        return lambda: make_call(self.spec, self.inputs, fn, mode, copies=copies)
+        if provider != "untuned":
+            return lambda: make_call(self.spec, self.inputs, fn, mode, copies=copies)
+
+        def make_untuned() -> timing.Call:  # the backward pass, too
+            with untuned():
+                call = make_call(self.spec, self.inputs, fn, mode)
+            return untuned()(call)
+
+        return make_untuned
 
     def _peak_mib(self, maker: timing.Maker) -> float:
         call = maker()

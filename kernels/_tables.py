@@ -114,9 +114,11 @@ def surveying() -> Iterator[list[Choice]]:
         yield choices
 
 
-def untuned() -> contextlib.AbstractContextManager[None]:
-    """Inside the block every launch has its default options."""
-    return overriding(lambda choice: choice.default)
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """Inside the block, or the function that it decorates, every launch has its default options."""
+    with overriding(lambda choice: choice.default):
+        yield
 
 
 def _look_up(choice: Choice, device: torch.device) -> Options | None:

@@ -166,7 +166,7 @@ def compile_candidate(
 def compiling(targets: Sequence[Target], arch: int, sms: int) -> Iterator[Callable[[Target], None]]:
     """Compile the candidates of all targets on all cores, in order; the function yielded waits for those of a target,
     and refuses the ones with a problem."""
-    pool = concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+    pool = concurrent.futures.ProcessPoolExecutor(min(16, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the children inherit: Ctrl-C is for this process
     futures = {
         c: pool.submit(compile_candidate, t.op, t.cases[0], t.dtype, t.choice, c.options, arch, sms)
@@ -384,6 +384,7 @@ class Tuned:
     measured: int = 0
     skipped: list[str] = field(default_factory=list)
     problem: str = ""  # why it ended early
+    hash: str | None = None  # of the tables that are in force from here on
 
     def report(self) -> list[str]:
         """What was done, and what was not, in a few lines."""
@@ -441,6 +442,7 @@ def tune(
     except torch.AcceleratorError as error:
         result.problem = f"the GPU is lost: {reason(error)}: start again, with --op for what is left"
     _tables.use_tables(machine.device)
+    result.hash = _tables.launch_tables(machine.device)
     return result
 
 
@@ -450,7 +452,7 @@ def dry_run(targets: Sequence[Target], arch: int, sms: int) -> None:
     with compiling(targets, arch, sms) as wait:
         for target in targets:
             wait(target)
-            why = Counter(re.sub(r"[\d.,]+", "N", c.refused) for c in target.candidates if c.refused)
+            why = Counter(re.sub(r"\d[\d.,]*(?<=\d)", "N", c.refused) for c in target.candidates if c.refused)
             text = "".join(f"; {n} out: {reason}" for reason, n in why.most_common())
             took = sum(c.compile_s for c in target.candidates)
             print(
@@ -459,4 +461,4 @@ def dry_run(targets: Sequence[Target], arch: int, sms: int) -> None:
             left += len(target.left())
     candidates = [c for target in targets for c in target.candidates]
     wall, core = time.perf_counter() - started, sum(c.compile_s for c in candidates)
-    print(f"sm_{arch}: {left} of {len(candidates)} candidates left, compiled in {wall:.0f} s ({core:.0f} s of a core)")
+    print(f"sm_{arch}: {left} of {len(candidates)} candidates left, compiled in {wall:.0f} s, {core:.0f} s one by one")

@@ -3,7 +3,12 @@
 import contextlib
 import dataclasses
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,14 @@ from kernels._proof import evaluate
 from kernels._registry import KernelSpec
 from kernels._tables import Gpu, Table, choose
 from kernels._triton import HAS_TRITON, triton
+from model import checkpoint
+from model.config import GPTConfig
+from model.training import log
+from model.training.options import default_config
+from model.training.parallel import World
+
+ROOT = Path(__file__).parent.parent
+TINY = GPTConfig(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)
 
 GPU = Gpu("NVIDIA Test GPU 80GB", 90, 132, str(triton.__version__))
 CUDA = torch.device("cuda", 0)  # a name: nothing is allocated on it
@@ -482,6 +495,49 @@ def test_ranks_take_the_table_of_rank_0(monkeypatch):
     _tables.use_tables(CUDA, [])
     assert _ask() == DEFAULT and _tables.launch_tables(CUDA) is None
     _tables.use_tables(torch.device("cpu"), rank_0)
+
+
+RANKS = """
+import os
+import torch
+from kernels import _tables
+from model.training import parallel
+
+rank = os.environ["RANK"]
+parallel.tables = lambda device: [_tables.Table(f"table of rank {rank}", _tables.Gpu("a GPU", 90, 132, "3.7.1"))]
+parallel.use_tables = lambda device, given: print(f"rank {rank}: {given[0].path}", flush=True)
+with parallel.start("cpu") as world:
+    parallel.barrier(world)
+"""
+
+
+@pytest.mark.slow  # two processes import torch
+def test_processes_agree_when_they_start():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [os.environ | both | {"RANK": r, "LOCAL_RANK": r, "PYTHONPATH": str(ROOT)} for r in "01"]
+    started = [
+        subprocess.Popen([sys.executable, "-c", RANKS], env=env, stdout=subprocess.PIPE, text=True) for env in ranks
+    ]
+    assert [p.communicate()[0] for p in started] == [f"rank {r}: table of rank 0\n" for r in "01"]
+
+
+def test_run_records_its_tables(monkeypatch, tmp_path):
+    """The hash is in every row of the metrics and in the checkpoint, where there is a table."""
+    monkeypatch.setattr(log, "launch_tables", lambda device: "0123456789ab")
+    cfg = default_config([])
+    world = World(0, 1, 0, torch.device("cpu"))
+    with log.Log(tmp_path, cfg, TINY, world, sequences=1, done=0, elapsed_s=0.0, publish=print) as written:
+        written.validation(1, 2.0, is_best=True)
+    (row,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row)["tables"] == "0123456789ab"
+    parts = {"model": {"w": torch.zeros(1)}}
+    shared = {"config": {}, "model": TINY, "best_val_loss": None, "elapsed_s": 0.0}
+    for step, tables in ((1, "0123456789ab"), (2, None)):
+        folder = checkpoint.save(tmp_path, step, parts, **shared, tables=tables)
+        assert json.loads((folder / "state.json").read_text()).get("tables") == tables
 
 
 def test_command_says_which_table_is_in_force():
