@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import check_backend, use_backend
+from kernels import check_backend, launch_tables, use_backend
 from model import checkpoint, data
 from model.cli import UserError, pick_device
 from model.cli import run as run_command
@@ -293,6 +293,9 @@ class Trainer:
         cfg, world = self.cfg, self.world
         processes = f", {world.size} processes ({cfg.parallel})" if world.size > 1 else ""
         where = f"{world.device}{processes}, {cfg.dtype}, {cfg.backend} kernels"
+        if world.device.type == "cuda" and cfg.backend != "eager":
+            untimed = "untimed defaults; this GPU's own: python -m kernels tune"
+            print(f"launch tables: {self.log.tables.get('tables', untimed)}")
         print(f"{self.folder} | {weights.describe(self.model)} | {where}")
         print(f"{cfg.data} | {len(self.tokens.train):,} tokens for training, {len(self.tokens.val):,} for validation")
         print(self.memory, flush=True)
@@ -339,7 +342,7 @@ class Trainer:
             checkpoint.save(
                 self.folder, step, parts, config=self.cfg.run_options(), model=self.config,
                 best_val_loss=self.best_val_loss, elapsed_s=self.log.elapsed_s(), keep_last=self.cfg.keep_last,
-                lora=self.lora,
+                lora=self.lora, tables=launch_tables(self.world.device),
             )  # fmt: skip
         self.saved_at = step
 

@@ -19,21 +19,17 @@ from torch import Tensor
 from torch._functorch import config as autograd_config
 
 from bench import command, memory, peers, roofline, timing
-from bench.record import CONTROL, Report, Row, dtype_name
+from bench.record import CONTROL, Report, Row
 from bench.roofline import Roofs
 from kernels import _proof
-from kernels._registry import Case, KernelSpec, all_specs
+from kernels._registry import Case, KernelSpec, all_specs, case_text, dtype_name
+from kernels._tables import untuned
 
 Mode = Literal["forward", "backward", "both"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "both")
 Gate = Callable[[KernelSpec, torch.dtype], str]
 
 _CPU_SHARE, _CPU_FLOPS = 64, 2**34
-
-
-def case_text(case: Case) -> str:
-    """A case as reports show it: ``B=64 H=12 T=1024 D=64``."""
-    return " ".join(f"{k}={v}" for k, v in case.items() if k != "why")
 
 
 def cpu_case(spec: KernelSpec, case: Case) -> Case | None:
@@ -114,6 +110,7 @@ class Kernels(command.Timed):
                 if "triton" in functions and (reason := gate(spec, dtype)):
                     yield [Row("kernels", {"op": spec.name, "dtype": dtype_name(dtype)}, "triton", error=reason)]
                     del functions["triton"]
+                    functions.pop("untuned", None)
                 for case in chosen if functions else ():  # without a name, a case is freed before the next is drawn
                     yield from _Case(spec, case, dtype, device, functions, roofs, self.seconds).run(self._modes(spec))
 
@@ -180,7 +177,15 @@ class _Case:
 
     def _maker(self, provider: str, fn: peers.Function, mode: str) -> timing.Maker:
         copies = (self.spec.name, provider) in peers.OVERWRITES
-        return lambda: make_call(self.spec, self.inputs, fn, mode, copies=copies)
+        if provider != "untuned":
+            return lambda: make_call(self.spec, self.inputs, fn, mode, copies=copies)
+
+        def make_untuned() -> timing.Call:  # the backward pass, too
+            with untuned():
+                call = make_call(self.spec, self.inputs, fn, mode)
+            return untuned()(call)
+
+        return make_untuned
 
     def _peak_mib(self, maker: timing.Maker) -> float:
         call = maker()

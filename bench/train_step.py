@@ -39,9 +39,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import command, peer_models
 from bench.memory import MIB, card_bytes, free_bytes, peak, training_step
-from bench.record import CONTROL, LADDER, Report, Row, dtype_name
-from bench.timing import Call, Maker, Measured, Refused, capturing, clocks, measure, on_stream
+from bench.record import CONTROL, LADDER, Report, Row
+from bench.timing import Call, Maker, Measured, Refused, clocks, measure
 from kernels import use_backend
+from kernels._launch import capturing, on_stream
+from kernels._registry import dtype_name
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT

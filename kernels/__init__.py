@@ -1,13 +1,14 @@
 """Fused Triton kernels of a GPT-2, each with the PyTorch operator that it replaces.
 
 Every function here runs anywhere: `use_backend` chooses how, `python -m kernels` says what runs on this machine,
-`python -m kernels check` proves the kernels on it.
+`python -m kernels check` proves the kernels on it, and `python -m kernels tune` chooses their launch options there.
 """
 
 from ._backend import use_backend
 from ._compile import no_compilation
 from ._dispatch import check_backend
 from ._machine import gpu_problem
+from ._tables import launch_tables, tables, use_tables
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
 from .cross_entropy import cross_entropy
@@ -25,11 +26,14 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "gpu_problem",
+    "launch_tables",
     "layer_norm",
     "linear_cross_entropy",
     "linear_gelu",
     "lm_logits",
     "no_compilation",
     "residual_dropout_mask",
+    "tables",
     "use_backend",
+    "use_tables",
 ]

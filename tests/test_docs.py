@@ -57,6 +57,7 @@ SHORTER = {
     "python -m model.tokenizer": ["--vocab-size", "270"],
     "python -m model.generate": ["--tokens", "20"],
     "python -m kernels check": ["--op", "bias_gelu", "--quick"],
+    "python -m kernels tune": ["--op", "bias_gelu", "--quick", "--dry-run", "90"],
     "python -m bench static": ["--op", "bias_gelu", "--bench-only"],
     "python -m bench kernels": ["--op", "bias_gelu", "--quick", "--provider", "eager", "--seconds", "0.01"],
     "python -m bench train": [
@@ -105,6 +106,7 @@ MAKE = {  # what a target runs; the rest is installation
 PROCESS = {  # what needs a process of its own: several of them, a pytest in pytest, kernels that are not interpreted
     "torchrun": ["-m", "torch.distributed.run"],
     "pytest": ["-m", "pytest"],
+    "python -m kernels tune": ["-m", "kernels", "tune"],
     "python -m bench static": ["-m", "bench", "static"],
 }
 if not INTERPRET:  # then it starts itself anew, interpreted, in the place of this process

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kernels import launch_tables
 from model.cli import LiveLine, UserError, clock
 from model.config import GPTConfig
 from model.training import run_folder
@@ -48,6 +49,8 @@ class Log:
         self.val_loss: float | None = None
         self.start = time.perf_counter() - elapsed_s
         self.publish_page, self.page_written, self.page_s = publish, 0.0, 0.0
+        hashed = launch_tables(world.device)
+        self.tables = {"tables": hashed} if hashed else {}
         self.line = LiveLine()
         self.tensorboard = _tensorboard(folder) if cfg.tensorboard and self.is_writer else None
         self.restart_clock(done)
@@ -149,7 +152,7 @@ class Log:
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         row = {"step": step, "tokens": step * self.tokens_per_step, **dict.fromkeys(COLUMNS), **finite}
         elapsed_s = self.elapsed_s()
-        self.metrics.write(json.dumps({**row, "elapsed_s": elapsed_s}) + "\n")
+        self.metrics.write(json.dumps({**row, "elapsed_s": elapsed_s, **self.tables}) + "\n")
         if self.tensorboard:
             for name, value in finite.items():
                 self.tensorboard.add_scalar(name, value, step)
