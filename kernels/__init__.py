@@ -10,7 +10,7 @@ from ._dispatch import check_backend
 from ._machine import gpu_problem
 from ._tables import launch_tables, tables, use_tables
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
-from .attention import attention_dropout_mask, causal_attention
+from .attention import attention_dropout_mask, causal_attention, document_bounds
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .gelu import bias_gelu, linear_gelu
@@ -25,6 +25,7 @@ __all__ = [
     "check_backend",
     "cross_entropy",
     "decode_attention",
+    "document_bounds",
     "gpu_problem",
     "launch_tables",
     "layer_norm",

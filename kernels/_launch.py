@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import triton
+from ._triton import TensorDescriptor, triton
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ def assume_arch(arch: int | None) -> Iterator[None]:
 
 
 def arch_of(device: torch.device) -> int:
-    """Compute capability of a CUDA device as a number, 90 for 9.0; 80 on a CPU."""
+    """Compute capability of a CUDA device as a number, 90 for 9.0; 90 on a CPU, to interpret what newer GPUs run."""
     if _assumed_arch is not None:
         return _assumed_arch
     if device.type != "cuda":
-        return 80
+        return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -81,18 +81,21 @@ def recording() -> bool:
 
 
 def tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
-    """The tensors among the arguments of a launch, those in tuples included, in order."""
+    """The tensors among the arguments of a launch, those in tuples and under descriptors included, in order."""
     for arg in args:
         if isinstance(arg, Tensor):
             yield arg
         elif isinstance(arg, tuple):
             yield from tensors(arg)
+        elif isinstance(arg, TensorDescriptor):
+            yield arg.base
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """kernel[grid](*args, **meta) on the device of the first tensor argument; an empty grid launches nothing.
 
-    args: tensors, numbers, None and tuples of them. meta: the tl.constexpr arguments and num_warps, num_stages.
+    args: tensors, tensor descriptors, numbers, None, and tuples of all but descriptors.
+    meta: the tl.constexpr arguments and num_warps, num_stages.
     """
     if 0 in grid:
         return

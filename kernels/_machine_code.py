@@ -39,7 +39,7 @@ _REGISTERS, _TENSOR_COLUMNS = 65536, 512  # of a multiprocessor; columns: Blackw
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", re.MULTILINE)
 _TENSOR_CORE = re.compile(r"(HMMA|HGMMA|IMMA|QGMMA|UTC\w*MMA)")
-_WIDE_LOAD = re.compile(r"LDG(STS)?\..*(128|256)")
+_WIDE_LOAD = re.compile(r"LDG(STS)?\..*(128|256)|UTMALDG")
 _DOT = re.compile(r"tt\.dot .*?(tf32)? : tensor<\d+x\d+x(\w+)> \* .*-> tensor<(\d+)x\d+x\w+>")
 
 
@@ -60,7 +60,7 @@ class StaticRow:
     tensor_core: int = 0  # instructions on the tensor cores
     tensor_kind: str = ""  # their names
     wanted: str = ""  # the tensor-core instruction that the products call for; empty for none
-    wide_loads: int = 0  # loads of 16 bytes or more
+    wide_loads: int = 0  # loads of 16 bytes or more, bulk copies included
     aligned: bool = False  # loads of 16 bytes are possible
     blocks_per_sm: int = 0  # blocks that a multiprocessor holds at a time
     loops: tuple[sass.Loop, ...] = ()  # the innermost ones, in the order of the code
@@ -110,6 +110,8 @@ def _aligned(launch: Launch) -> bool:
         if name.startswith("stride_"):
             tensor, of_tensor = (name, value) if isinstance(value, tuple) else (name[:-1], (value,))
             strides[tensor] = strides.get(tensor, ()) + of_tensor
+        elif name == "strides":  # of several tensors
+            strides |= {f"{name}[{i}]": of_tensor for i, of_tensor in enumerate(value)}
     one_unit = bool(strides) and all(of_tensor.count(1) == 1 for of_tensor in strides.values())
     multiples = [n for of_tensor in strides.values() for n in of_tensor if n != 1]
     return one_unit and all(n % 16 == 0 for n in (*multiples, *(t.data_ptr() for t in tensors(launch.args))))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
     # Triton decides at import whether @triton.jit compiles or interprets; a later change of the variable has no effect.
@@ -17,5 +18,6 @@ except ImportError:  # macOS, Windows, or a Linux without the wheel
 
     triton = SimpleNamespace(jit=_jit, cdiv=lambda n, d: -(-n // d), __version__=None)  # type: ignore[assignment]
     tl = SimpleNamespace(constexpr=lambda value=None: value)  # type: ignore[assignment]
+    TensorDescriptor = SimpleNamespace  # type: ignore[assignment,misc]
 
-__all__ = ["HAS_TRITON", "INTERPRET", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRET", "TensorDescriptor", "tl", "triton"]

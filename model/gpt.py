@@ -34,6 +34,7 @@ from kernels import (
     add_layer_norm,
     causal_attention,
     decode_attention,
+    document_bounds,
     layer_norm,
     linear_cross_entropy,
     linear_gelu,
@@ -81,6 +82,8 @@ class GPT(nn.Module):
         lengths: (B,) int64, 1 to T, of texts of different lengths that are padded on the right with any ids: the cache
         counts, and logits="last" computes, the last token of each text. No token attends to the padding after it.
         """
+        if documents is not None:
+            documents = document_bounds(documents)  # (B, 2, T), once for all layers
         x = self._embed(idx, cache, lengths)  # (B, T, C), the residual stream
         blocks: list[Block] = [*self.transformer.h]  # type: ignore[list-item]
         normed = blocks[0].ln_1(x)  # (B, T, C)

@@ -15,11 +15,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("kernels", "model", "bench", "tests", "pyproject.toml")
-SUITE = ("test_kernels.py", "test_losses.py", "test_decode.py", "test_properties.py", "test_addresses.py")
+SUITE = (
+    "test_kernels.py",
+    "test_attention.py",
+    "test_losses.py",
+    "test_decode.py",
+    "test_properties.py",
+    "test_addresses.py",
+)
 # The tests that concern a file of kernels/, as pytest's -k takes them.
 CONCERNS = {
     "_dropout": "dropout or causal_attention or add_layer_norm",
     "_launch": "layer_norm or gelu or rowwise",
+    "_attention": "(attention or dropout or document or future or scores) and not decode and not layer_norm",
     "add_layer_norm": "add_layer_norm or residual or added",
     "attention": "(attention or dropout or document or future or scores) and not decode and not layer_norm",
     "cross_entropy": "(losses or cross_entropy) and not linear",
@@ -58,71 +66,64 @@ class Mutant:
 
 MUTANTS = (
     # --- attention, forward
-    Mutant("the diagonal is masked", "attention",
-           "s = tl.dot(q, kT, input_precision=META.PRECISION)  # (BLOCK_M, BLOCK_N)\n"
+    Mutant("the diagonal is masked", "_attention",
            "        if DIAGONAL:\n"
-           "            s = tl.where(offs_m[:, None] >= ",
-           "s = tl.dot(q, kT, input_precision=META.PRECISION)  # (BLOCK_M, BLOCK_N)\n"
+           '            s = tl.where(offs_m[:, None] >= offs_n[None, :], s, float("-inf"))\n'
+           "        if META.DOCUMENTS:\n"
+           '            s = tl.where(first_key[:, None] <= offs_n[None, :], s, float("-inf"))\n\n',
            "        if DIAGONAL:\n"
-           "            s = tl.where(offs_m[:, None] > "),
-    Mutant("one key past the text", "attention",
-           "v = _load_tile(v_ptr, offs_n[:, None], offs_d[None, :], stride, T, DIAGONAL",
-           "v = _load_tile(v_ptr, offs_n[:, None], offs_d[None, :], stride, T + 1, DIAGONAL"),
-    Mutant("the sum is not rescaled", "attention", "l_i = l_i * alpha + tl.sum(p, 1)", "l_i = l_i + tl.sum(p, 1)"),
-    Mutant("no guard where no score is finite", "attention", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new"),
-    Mutant("the maximum is not scaled", "attention", "tl.max(s, 1) * qk_scale", "tl.max(s, 1)"),
-    Mutant("lse without the sum", "attention", "m_i + tl.log2(l_i), mask", "m_i, mask"),
-    Mutant("kept probabilities are not scaled up", "attention", "o = acc * (z / l_i)[:, None]",
-           "o = acc * (1.0 / l_i)[:, None]"),
-    Mutant("the document's first key is skipped", "attention",
+           '            s = tl.where(offs_m[:, None] > offs_n[None, :], s, float("-inf"))\n'
+           "        if META.DOCUMENTS:\n"
+           '            s = tl.where(first_key[:, None] <= offs_n[None, :], s, float("-inf"))\n\n'),
+    Mutant("one key past the text", "_attention", "v = _load_tile(v_head, n, T, META.BLOCK_N, DIAGONAL, META)  # (BLOCK_N, "
+           "BLOCK_D)\n        acc", "v = _load_tile(v_head, n, T + 1, META.BLOCK_N, DIAGONAL, META)\n        acc"),
+    Mutant("the sum is not rescaled", "_attention", "l_i = l_i * alpha + tl.sum(p, 1)", "l_i = l_i + tl.sum(p, 1)"),
+    Mutant("no guard where no score is finite", "_attention", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new"),
+    Mutant("the maximum is not scaled", "_attention", "tl.max(s, 1) * qk_scale", "tl.max(s, 1)"),
+    Mutant("lse without the sum", "_attention", "m_i + tl.log2(l_i), mask", "m_i, mask"),
+    Mutant("kept probabilities are not scaled up", "_attention", "acc * (z / l_i)[:, None]", "acc * (1.0 / l_i)[:, None]"),
+    Mutant("the document's first key is skipped", "_attention",
            's = tl.where(first_key[:, None] <= offs_n[None, :], s, float("-inf"))\n\n        # The maximum',
            's = tl.where(first_key[:, None] < offs_n[None, :], s, float("-inf"))\n\n        # The maximum'),
-    Mutant("documents begin a tile late", "attention",
-           "tl.load(doc_start_ptr + start_m) // META.BLOCK_N * META.BLOCK_N",
-           "tl.load(doc_start_ptr + start_m) // META.BLOCK_N * META.BLOCK_N + META.BLOCK_N"),
-    Mutant("documents of the first sequence", "attention", "        doc_start_ptr += b * T\n        begin",
+    Mutant("documents begin a tile late", "_attention",
+           "tl.load(doc_ptr + start_m) // META.BLOCK_N * META.BLOCK_N",
+           "tl.load(doc_ptr + start_m) // META.BLOCK_N * META.BLOCK_N + META.BLOCK_N"),
+    Mutant("documents of the first sequence", "_attention", "        doc_ptr += 2 * b.to(tl.int64) * T\n        begin",
            "        begin"),
-    Mutant("keys of the next head", "attention", "k_ptr = _head(qkv_ptr, stride, b, H + h, D)",
-           "k_ptr = _head(qkv_ptr, stride, b, H + (h + 1) % H, D)"),
-    Mutant("values take the keys' place", "attention", "v_ptr = _head(qkv_ptr, stride, b, 2 * H + h, D)",
-           "v_ptr = _head(qkv_ptr, stride, b, H + h, D)"),
-    Mutant("int32 rows of the output", "attention", "o_ptrs = o_ptr + (b * T + offs_m)[:, None] * (H * D) + h * D",
-           "o_ptrs = o_ptr + (b.to(tl.int32) * T + offs_m)[:, None] * (H * D) + h * D"),
-    Mutant("int32 steps through the sequence", "attention", "x_ptr + offs_t.to(tl.int64) * stride[1]",
-           "x_ptr + offs_t * stride[1]"),
-    Mutant("int32 steps through the keys under dq", "attention", "offs_n.to(tl.int64)[:, None] * stride[1]",
-           "offs_n[:, None] * stride[1]"),
+    Mutant("pointers to the next head", "_attention", "x += b.to(tl.int64) * stride[0] + h.to(tl.int64) * stride[2]",
+           "x += b.to(tl.int64) * stride[0] + (h + 1).to(tl.int64) * stride[2]"),
+    Mutant("descriptors of the next head", "_attention", "x.load([b, t, h, 0])", "x.load([b, t, h + 1, 0])"),
+    Mutant("descriptors of the first sequence", "_attention", "x.load([b, t, h, 0])", "x.load([b * 0, t, h, 0])"),
+    Mutant("int32 rows of the output and the gradients", "_attention",
+           "offs_t, offs_d = t + tl.arange(0, BLOCK_T).to(tl.int64), tl.arange(0, META.BLOCK_D)",
+           "offs_t, offs_d = t + tl.arange(0, BLOCK_T), tl.arange(0, META.BLOCK_D)"),
+    Mutant("int32 steps through the sequence", "_attention", "offs_t = (t + tl.arange(0, BLOCK_T)).to(tl.int64)",
+           "offs_t = t + tl.arange(0, BLOCK_T)"),
+    Mutant("values take the keys' place", "attention", "return q.chunk(3, 2) if", "return [q.chunk(3, 2)[i] for i in (0, 1, 1)] if"),
+    Mutant("descriptors of unaligned rows", "attention", "step % 16 == 0 for step in steps)", "step % 4 == 0 for step in steps)"),
+    Mutant("the last document ends early", "attention", "(0, 1), value=T)", "(0, 1), value=T - 1)"),
     # --- attention, backward
-    Mutant("delta skips a column", "attention",
-           "offs_d = tl.arange(0, BLOCK_D).to(tl.int64)\n"
-           "    mask = (offs_m < T)[:, None] & (offs_d < D)[None, :]\n"
-           "    do_ptrs",
-           "offs_d = tl.arange(0, BLOCK_D).to(tl.int64)\n"
-           "    mask = (offs_m < T)[:, None] & (offs_d < D - 1)[None, :]\n"
-           "    do_ptrs"),
-    Mutant("delta in half precision", "attention", "tl.sum(do * o, 1)",
-           "tl.sum(do.to(tl.float16).to(tl.float32) * o, 1)"),
-    Mutant("int32 rows under delta", "attention", "o_ptrs = o_ptr + (b * T + offs_m)[:, None] * (H * D) + (h",
-           "o_ptrs = o_ptr + (b.to(tl.int32) * T + offs_m.to(tl.int32))[:, None] * (H * D) + (h"),
-    Mutant("dk without delta", "attention", "dsT = pT * (dpT - delta[None, :])", "dsT = pT * dpT"),
-    Mutant("dk without sm_scale", "attention", "(dk * sm_scale)", "dk"),
-    Mutant("dk sees the future", "attention", "sT = tl.where(offs_m[None, :] >= offs_n[:, None]",
+    Mutant("delta in half precision", "_attention", "tl.sum(do_tile.to(tl.float32) * o.to(tl.float32), 1)",
+           "tl.sum((do_tile * o).to(tl.float16).to(tl.float32), 1)"),
+    Mutant("delta skips a column", "_attention", "o = tl.load(o_ptrs, mask=(offs_m < T)[:, None] & (offs_d < META.D)",
+           "o = tl.load(o_ptrs, mask=(offs_m < T)[:, None] & (offs_d < META.D - 1)"),
+    Mutant("int32 rows under delta", "_attention", "o_ptr + offs_m.to(tl.int64)[:, None] * stride_o[1]",
+           "o_ptr + offs_m[:, None] * stride_o[1]"),
+    Mutant("delta is not kept", "_attention", "    tl.store(delta_ptr + rows, delta, mask=offs_m < T)\n", ""),
+    Mutant("dk without delta", "_attention", "dsT = pT * (dpT - delta[None, :])", "dsT = pT * dpT"),
+    Mutant("dk without sm_scale", "_attention", "grads[1], dk * sm_scale,", "grads[1], dk,"),
+    Mutant("dk sees the future", "_attention", "sT = tl.where(offs_m[None, :] >= offs_n[:, None]",
            "sT = tl.where(offs_m[None, :] + 1 >= offs_n[:, None]"),
-    Mutant("dv without the dropout mask", "attention", "(pT * zT).to(do.dtype)", "pT.to(do.dtype)"),
-    Mutant("dk reads one document more", "attention",
-           "end = tl.load(doc_end_ptr + b * T + tl.minimum(start_n + BLOCK_N, T) - 1)",
-           "end = tl.load(doc_end_ptr + b * T + start_n)"),
-    Mutant("dk and dv change places", "attention", "C + h * D + offs_d[None, :]\n    tl.store(dk_ptrs, (dk * sm_scale)",
-           "C + h * D + offs_d[None, :]\n    dk, dv = dv, dk\n    tl.store(dk_ptrs, (dk * sm_scale)"),
-    Mutant("dq without delta", "attention", "ds = p * (dp - delta[:, None])", "ds = p * dp"),
-    Mutant("dq 1 % too large", "attention", "(dq * sm_scale)", "(dq * 1.01 * sm_scale)"),
-    Mutant("dq drops other elements", "attention",
+    Mutant("dv without the dropout mask", "_attention", "(pT * zT).to(do.dtype)", "pT.to(do.dtype)"),
+    Mutant("dk reads one document more", "_attention",
+           "end = tl.load(doc_ptr + T + tl.minimum(start_n + BLOCK_N, T) - 1)", "end = tl.load(doc_ptr + T + start_n)"),
+    Mutant("dk and dv change places", "_attention", "_store_tile(grads[1], dk * sm_scale,",
+           "dk, dv = dv, dk\n    _store_tile(grads[1], dk * sm_scale,"),
+    Mutant("dq without delta", "_attention", "ds = p * (dp - delta[:, None])", "ds = p * dp"),
+    Mutant("dq 1 % too large", "_attention", "grads[0], dq * sm_scale,", "grads[0], dq * 1.01 * sm_scale,"),
+    Mutant("dq drops other elements", "_attention",
            "dp = dp * tl.where(keep_tile(row_hash[:, None], col_hash[None, :], threshold), z, 0.0)",
            "dp = dp * tl.where(keep_tile(row_hash[:, None], col_hash[None, :] + 1, threshold), z, 0.0)"),
-    Mutant("int32 rows of dq", "attention", "dq_ptrs = dqkv_ptr + (b * T + offs_m)[:, None] * (3 * H * D)",
-           "dq_ptrs = dqkv_ptr + (b * T + offs_m).to(tl.int32)[:, None] * (3 * H * D)"),
-    Mutant("int32 rows of dk", "attention", "dk_ptrs = dqkv_ptr + (b * T + offs_n)[:, None] * (3 * C)",
-           "dk_ptrs = dqkv_ptr + (b * T + offs_n).to(tl.int32)[:, None] * (3 * C)"),
     # --- dropout
     Mutant("the seed's upper half is lost", "_dropout", "tl.philox(seed, stream, 0, 0, 0)",
            "tl.philox(seed.to(tl.int32), stream, 0, 0, 0)"),

@@ -284,6 +284,9 @@ def test_where_wide_loads_are_expected():
     assert _aligned(Launch(packed, (1,), ((torch.empty(64), None), (48, 1))))
     assert not _aligned(Launch(packed, (1,), ((torch.empty(64), None), (1, 1))))
     assert not _aligned(Launch(packed, (1,), ((None, torch.empty(64)[1:]), (48, 1))))
+    several = SimpleNamespace(arg_names=["x", "strides"])
+    assert _aligned(Launch(several, (1,), (torch.empty(64), ((48, 1), (1, 32)))))
+    assert not _aligned(Launch(several, (1,), (torch.empty(64), ((48, 1), (40, 1)))))
 
 
 def test_blocks_on_a_multiprocessor():
