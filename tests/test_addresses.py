@@ -68,6 +68,13 @@ def test_row_tiles_reach_far_addresses(name, device):
         assert row.passed, f"{row.name}: error {row.error:.3e} > allowed {row.allowed:.3e} on {case}"
 
 
+def test_tiles_of_a_row_reach_far_addresses(device):
+    """Of logits in several tiles, whose columns lie 2^31 / 9000 elements apart."""
+    case = {"M": 1, "V": 9000}
+    for row in prove(SPECS["cross_entropy"], case, torch.float16, device, layout=lambda t: _far(t, -1)):
+        assert row.passed, f"{row.name}: error {row.error:.3e} > allowed {row.allowed:.3e}"
+
+
 # Name -> a case of one row, its name for the rows, and how many of them are more than 2^31 elements, the last tile
 # ragged and in the last program of the backward kernels, which walk the rows in steps of their grid.
 LARGE = {
