@@ -8,7 +8,7 @@ from ._backend import use_backend
 from ._compile import no_compilation
 from ._dispatch import check_backend
 from ._machine import gpu_problem
-from .add_layer_norm import add_layer_norm, residual_dropout_mask
+from .add_layer_norm import add_layer_norm, linear_add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
@@ -26,6 +26,7 @@ __all__ = [
     "decode_attention",
     "gpu_problem",
     "layer_norm",
+    "linear_add_layer_norm",
     "linear_cross_entropy",
     "linear_gelu",
     "lm_logits",
