@@ -7,6 +7,7 @@ Every function here runs anywhere: `use_backend` chooses how, `python -m kernels
 from ._backend import use_backend
 from ._compile import no_compilation
 from ._dispatch import check_backend
+from ._linear import linear
 from ._machine import gpu_problem
 from .add_layer_norm import add_layer_norm, linear_add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
@@ -26,6 +27,7 @@ __all__ = [
     "decode_attention",
     "gpu_problem",
     "layer_norm",
+    "linear",
     "linear_add_layer_norm",
     "linear_cross_entropy",
     "linear_gelu",

@@ -22,6 +22,7 @@ from torch import Tensor
 from ._dispatch import use_triton
 from ._dropout import dropout_hash, dropout_threshold, dropout_words, keep_mask, keep_tile, seed_tensor
 from ._launch import as_rows, launch, row_tile, sm_count
+from ._linear import linear
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
 from .layer_norm import check_affine, layer_norm, normalize, normalize_gradient, tile_ptrs, too_wide
@@ -208,7 +209,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, dh, _dmean, _drstd):
     h, weight, mean, rstd, seed = ctx.saved_tensors
     # Only one of them is used at the ends of a model: a row of zeros stands for the other.
-    dy, dh = (h.new_zeros(h.shape[-1:]).expand_as(h) if g is None else g for g in (dy, dh))
+    dy, dh = (h.new_zeros(1, h.shape[-1]).expand_as(h) if g is None else g for g in (dy, dh))
     need = ctx.needs_input_grad[2:5]
     n_sums = 0 if not any(need) else 2 if ctx.dtypes[2] is None else 3
     dresidual, dx, sums = add_layer_norm_bwd(dy, dh, h, weight, mean, rstd, seed, ctx.dropout_p, n_sums)
@@ -285,20 +286,21 @@ def linear_add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
+    working: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """add_layer_norm of x @ linear_weight.T + linear_bias, which is added where it costs least: in our kernel, or in
     PyTorch's product.
 
-    x: (..., K), linear_weight: (N, K), linear_bias: (N,), both any floating dtype; the rest as in add_layer_norm.
+    x: (..., K), linear_weight: (N, K), linear_bias: (N,), both any floating dtype; working: as in `linear`; the rest
+    as in add_layer_norm.
     """
-    options = {"dropout_p": dropout_p, "seed": seed}
-    linear_weight = linear_weight.to(x.dtype)
     if _runs_triton(residual, linear_bias, dropout_p):
-        return add_layer_norm(F.linear(x, linear_weight), residual, weight, bias, eps, x_bias=linear_bias, **options)
-    y = F.linear(x, linear_weight, None if linear_bias is None else linear_bias.to(x.dtype))
-    return add_layer_norm(y, residual, weight, bias, eps, **options)
+        y, x_bias = linear(x, linear_weight, None, working), linear_bias
+    else:
+        y, x_bias = linear(x, linear_weight, linear_bias, working), None
+    return add_layer_norm(y, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p, seed=seed)
 
 
 def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:
