@@ -139,8 +139,10 @@ def _fla_attention(f: Function, qkv: Tensor, n_head: int) -> Tensor:
     return f(*qkv.unflatten(-1, (3, n_head, -1)).unbind(2)).flatten(2)  # from (B, T, H, D) each
 
 
-def _fla_add_norm(f: Function, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
-    return f(x, weight, bias, residual=residual, prenorm=True)
+def _fla_add_norm(
+    f: Function, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None
+) -> Any:
+    return f(x if x_bias is None else x + x_bias, weight, bias, residual=residual, prenorm=True)
 
 
 PEERS = (

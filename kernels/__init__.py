@@ -7,9 +7,10 @@ Every function here runs anywhere: `use_backend` chooses how, `python -m kernels
 from ._backend import use_backend
 from ._compile import no_compilation
 from ._dispatch import check_backend
+from ._linear import linear
 from ._machine import gpu_problem
 from ._tables import launch_tables, tables, use_tables
-from .add_layer_norm import add_layer_norm, residual_dropout_mask
+from .add_layer_norm import add_layer_norm, linear_add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention, document_bounds
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
@@ -29,6 +30,8 @@ __all__ = [
     "gpu_problem",
     "launch_tables",
     "layer_norm",
+    "linear",
+    "linear_add_layer_norm",
     "linear_cross_entropy",
     "linear_gelu",
     "lm_logits",

@@ -160,7 +160,8 @@ def source_hash(kernel: str) -> str:
     Of all kernel files of this package for a choice that is not a kernel's own, such as a number of rows.
     """
     modules = [vars(sys.modules[spec.fn.__module__]) for spec in all_specs().values()]
-    found = [names[f"_{kernel}_kernel"] for names in modules if f"_{kernel}_kernel" in names]
+    named = (f"_{kernel}_kernel", f"{kernel}_kernel")
+    found = [names[name] for names in modules for name in named if name in names]
     if found:
         parts = list(dict.fromkeys(_sources(found[0], set())))
     else:

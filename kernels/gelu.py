@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ._dispatch import use_triton
 from ._launch import as_rows, launch, sm_count
+from ._linear import linear
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import tl, triton
 from .layer_norm import tile_ptrs
@@ -182,16 +183,16 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "tanh", working: Tensor | None = None
+) -> Tensor:
     """y = gelu(x @ weight.T + bias), the bias added where it costs least: in our GELU, or in PyTorch's product.
 
-    x: (..., C), weight: (N, C), bias: (N,), both any floating dtype -> y: (..., N) in x.dtype.
+    x: (..., C), weight: (N, C), bias: (N,), both any floating dtype -> y: (..., N) in x.dtype. working: as in `linear`.
     """
-    weight, N = weight.to(x.dtype), weight.shape[0]
-    if use_triton("bias_gelu", x, N=N, bias=bias is not None, approximate=approximate):
-        return bias_gelu(F.linear(x, weight), bias, approximate)
-    h = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return F.gelu(h, approximate=approximate)
+    if use_triton("bias_gelu", x, N=weight.shape[0], bias=bias is not None, approximate=approximate):
+        return bias_gelu(linear(x, weight, None, working), bias, approximate)
+    return F.gelu(linear(x, weight, bias, working), approximate=approximate)
 
 
 def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:

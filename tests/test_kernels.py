@@ -261,7 +261,7 @@ class _Gradients(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("frozen", [("bias",), ("weight",), ("weight", "bias")], ids="+".join)
+@pytest.mark.parametrize("frozen", [("bias",), ("weight",), ("weight", "bias", "x_bias")], ids="+".join)
 @pytest.mark.parametrize("name", ["bias_gelu", "layer_norm", "add_layer_norm", "linear_cross_entropy"])
 def test_frozen_parameters_get_no_gradient(name, frozen, device):
     """Nor is one computed, where all of a kernel's are frozen; the other gradients keep their bits."""
@@ -269,7 +269,7 @@ def test_frozen_parameters_get_no_gradient(name, frozen, device):
     inputs = spec.inputs(few_rows(spec.cases[0]), torch.float32, device)
     if name == "add_layer_norm":
         inputs["dropout_p"] = 0.0  # then x and the residual have one gradient
-    parameters = [key for key in ("weight", "bias") if key in spec.grads]
+    parameters = [key for key in ("weight", "bias", "x_bias") if key in spec.grads]
 
     def gradients(frozen):
         leaves = {key: inputs[key].detach().requires_grad_(key not in frozen) for key in spec.grads}
@@ -497,6 +497,10 @@ def test_no_dropout_is_bitwise_the_plain_kernel(device):
         (lambda: add_layer_norm(torch.zeros(2, 3), torch.zeros(2, 3).half(), torch.zeros(3)), "must be alike"),
         (lambda: add_layer_norm(*torch.zeros(2, 2, 3), torch.zeros(4)), r"weight \(4,\)"),
         (lambda: add_layer_norm(*torch.zeros(2, 2, 3), torch.zeros(3), dropout_p=-0.1), "dropout_p"),
+        (
+            lambda: add_layer_norm(*torch.zeros(2, 2, 3), torch.zeros(3), x_bias=torch.zeros(2)),
+            r"x_bias must be \(3,\)",
+        ),
         (lambda: bias_gelu(torch.zeros(2, 3), torch.zeros(4)), r"got \(4,\)"),
         (lambda: bias_gelu(torch.zeros(2, 3), approximate="erf"), "approximate"),
     ],
