@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -24,6 +24,7 @@ from model.config import GPTConfig
 from model.lora import LoraConfig
 from model.training import optim, run_folder
 from model.training.parallel import World
+from model.training.track import Library, require
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,7 +35,8 @@ Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Dtype = Literal["auto", "bfloat16", "float16", "tf32", "float32"]
 Plan = tyro.conf.Suppress[tyro.conf.Fixed[tuple[tuple[int, int], ...]]]  # recorded, and no option of the command line
 PRESETS = Path(__file__).parent / "presets"
-ALIASES = {"--readers": "--num-workers", "--which": "--checkpoint"}  # old name -> new name; both are understood
+# old name -> new name; both are understood
+ALIASES = {"--readers": "--num-workers", "--which": "--checkpoint", "--tensorboard": "--track=tensorboard"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints to keep in addition to the best
     log_every: int = 10  # steps between progress lines
     sample_tokens: int = 100  # tokens of text sampled at each evaluation; 0: none
-    tensorboard: bool = False  # also write the metrics for TensorBoard
+    track: Library = "none"  # also log the metrics to TensorBoard, Trackio or Weights & Biases
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     dtype: Dtype = "auto"  # of activations; auto: by the GPU's capability
@@ -219,6 +221,7 @@ class TrainConfig:
 
     def check_machine(self, world: World) -> None:
         """Raise UserError for what cannot work on this device or in this number of processes."""
+        require(self.track)
         cuda, several, fsdp = world.device.type == "cuda", world.size > 1, self.parallel == "fsdp"
         restarts = several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
         impossible = {
@@ -261,7 +264,7 @@ OF_INIT = "of --init"  # the tokenizer of a run that begins with another model
 PER_INVOCATION = ("out", "resume", "checkpoint", "or_resume", "force")  # not stored with the run
 RESUMABLE = (
     "steps", "until_loss", "eval_every", "eval_windows", "save_every", "keep_last", "log_every", "sample_tokens",
-    "tensorboard", "batch_size", "grad_accum", "device", "backend", "compile", "graph", "recompute", "parallel",
+    "track", "batch_size", "grad_accum", "device", "backend", "compile", "graph", "recompute", "parallel",
     "num_workers", "profile", "memory_snapshot", "skip_bad_shards", "init",
 )  # fmt: skip
 
@@ -310,6 +313,9 @@ def stored_config(folder: Path) -> TrainConfig:
 
 def _from_values(values: dict[str, Any], source: Path | str) -> TrainConfig:
     """TrainConfig(**values), with the types checked: they come from a file. UserError names the file and the option."""
+    if values.get("tensorboard") is not None:  # an older version's option
+        values = {**values, "track": "tensorboard" if values["tensorboard"] else "none"}
+        del values["tensorboard"]
     renamed = {old.strip("-"): new.strip("-").replace("-", "_") for old, new in ALIASES.items()}
     values = {renamed.get(name, name): value for name, value in values.items()}
     known = {field.name for field in fields(TrainConfig)}
@@ -324,8 +330,10 @@ def _from_values(values: dict[str, Any], source: Path | str) -> TrainConfig:
         cfg = TrainConfig(**{**values, "data": Path(values.get("data", "Book")), "init": init, "plan": plan})
     except TypeError as error:
         raise UserError(f"{source} lacks options: {str(error).split(': ')[-1]}") from None
-    for name in known:
+    for name, hint in get_type_hints(TrainConfig).items():
         value, wanted = getattr(cfg, name), TrainConfig.__annotations__[name]
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise UserError(f"{source}: {name} must be one of {', '.join(get_args(hint))}, got {value!r}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         good = {"int": type(value) is int, "float": number, "bool": type(value) is bool, "str": isinstance(value, str)}
         if not good.get(wanted, True) or (name == "batch_size" and type(value) is not int):
