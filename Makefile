@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test slow lint format gpu static fuzz mutants faults cuda-trace as-with-gpu llama exchange notebooks notebooks-run clean
+.PHONY: help train test slow lint format gpu static fuzz mutants faults cuda-trace as-with-gpu llama exchange track notebooks notebooks-run clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make as-with-gpu    run the suite as on a machine with a GPU, without what needs it"
 	@echo "make llama          prove the ids of GGUF files in llama.cpp, installed by npm; RUN=runs/first-run proves that run too"
 	@echo "make exchange       prove that lm-eval and TransformerLens find our numbers on an exported folder"
+	@echo "make track          prove that TensorBoard, Trackio and Weights & Biases get a run's metrics"
 	@echo "make notebooks      open the notebooks in JupyterLab"
 	@echo "make notebooks-run  run the notebooks and save them with their outputs"
 	@echo "make lint           check format, lint and types"
@@ -83,6 +84,9 @@ llama: $(VENV)/.with-test $(LLAMA)/.made-$(LLAMA_VERSION)
 
 exchange: $(VENV)/.with-test,eval,lens
 	@$(BIN)/python -m pytest -q -m slow tests/test_exchange.py $(ARGS)
+
+track: $(VENV)/.with-test,trackio,wandb
+	@$(BIN)/python -m pytest -q -m 'slow or not slow' tests/test_track.py $(ARGS)
 
 notebooks: $(VENV)/.with-notebooks
 	@$(BIN)/jupyter lab notebooks $(ARGS)

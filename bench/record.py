@@ -6,7 +6,7 @@ Schema 2:
     schema        2
     datetime      UTC, ISO 8601            version       pytest-benchmark's format that `benchmarks` follows
     machine_info  device, versions, threads; on a GPU also compute capability, memory, driver
-    commit_info   id, dirty                of the checkout that ran
+    commit_info   id, dirty, time          of the checkout that ran
     method        how the times were taken; roofs: {"copy": {bytes: seconds}, "flops": {dtype: FLOP/s}}
     missing       provider -> why it could not run
     dropped       what a budget had no time for, in the planned order
@@ -220,9 +220,10 @@ def _cpu_name() -> str:
 
 
 def commit_info() -> dict[str, Any]:
-    """The commit of the checkout that this package lies in, and whether it has changes; None outside a checkout."""
+    """The commit of the checkout that this package lies in, whether there are changes, its date; None outside one."""
     commit = _output("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
-    return {"id": commit.rstrip("+") or None, "dirty": commit.endswith("+")}
+    time = _output("git", "show", "--no-patch", "--format=%cI", "HEAD") or None
+    return {"id": commit.rstrip("+") or None, "dirty": commit.endswith("+"), "time": time}
 
 
 def _output(*command: str) -> str:

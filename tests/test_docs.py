@@ -100,6 +100,7 @@ MAKE = {  # what a target runs; the rest is installation
     "notebooks": "jupyter lab notebooks",
     "notebooks-run": "python notebooks/regenerate.py",
     "exchange": "python -m pytest -q -m slow tests/test_exchange.py",
+    "track": "python -m pytest -q -m 'slow or not slow' tests/test_track.py",
     "lint": "ruff check",
     "format": "ruff format",
 }

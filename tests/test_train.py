@@ -5,16 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from trainer import ROOT, SMALL, TEXT, call, losses, refused, rows, state
+from trainer import SMALL, TEXT, call, losses, refused, rows, state
 
 import model.training.log
 import model.training.step
@@ -355,32 +352,6 @@ def test_profile_traces_three_steps(here, capsys):
         events = json.load(file)["traceEvents"]
     assert sum(event.get("name", "").startswith("ProfilerStep#") for event in events) == 3
     assert any("gelu" in event.get("name", "") for event in events)
-
-
-@pytest.mark.slow
-def test_tensorboard_gets_the_metrics(here):
-    pytest.importorskip("tensorboard", reason="needs the tensorboard package")
-    code = f"""
-import sys, warnings
-warnings.simplefilter("ignore")
-sys.argv = ["train.py", *{SMALL!r}, "--steps", "10", "--tensorboard", "--out", "run"]
-import train
-train.run_command(train.main, train.TrainConfig, prog="train.py", default=train.default_config)
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-found = EventAccumulator("run/tensorboard").Reload()
-print("loss", [(e.step, round(e.value, 4)) for e in found.Scalars("loss")])
-print("val", [e.step for e in found.Scalars("val_loss")])
-"""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    expected = [(row["step"], round(row["loss"], 4)) for row in rows(here / "run") if row["loss"]]
-    assert f"loss {expected}" in done.stdout and "val [10]" in done.stdout
-
-
-def test_missing_tensorboard_is_named(here, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    refused(here, capsys, [*SMALL, "--steps", 1, "--tensorboard"], "needs the tensorboard package: pip install")
 
 
 def test_batch_size_auto_keeps_sequences_per_step(here, capsys, monkeypatch):
