@@ -1,6 +1,12 @@
-"""Triton where it is installed, inert stand-ins where it is not, so that every kernel file imports anywhere."""
+"""Triton where it is installed, inert stand-ins where it is not, so that every kernel file imports anywhere.
+
+NAMESPACE: of the operators in torch.ops. This folder has two import names, `kernels` in the repository and
+`gpt2_kernels` from a wheel; operators, and what torch.compile stores of them, follow it, so one process can have both.
+"""
 
 from types import SimpleNamespace
+
+NAMESPACE = __package__.replace(".", "_")
 
 try:
     import triton
@@ -18,4 +24,4 @@ except ImportError:  # macOS, Windows, or a Linux without the wheel
     triton = SimpleNamespace(jit=_jit, cdiv=lambda n, d: -(-n // d), __version__=None)  # type: ignore[assignment]
     tl = SimpleNamespace(constexpr=lambda value=None: value)  # type: ignore[assignment]
 
-__all__ = ["HAS_TRITON", "INTERPRET", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRET", "NAMESPACE", "tl", "triton"]

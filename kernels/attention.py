@@ -32,7 +32,7 @@ from ._dispatch import use_triton
 from ._dropout import dropout_hash, dropout_threshold, dropout_words, keep_mask, keep_tile, seed_tensor
 from ._launch import arch_of, launch
 from ._registry import Case, Draw, KernelSpec, register
-from ._triton import tl, triton
+from ._triton import NAMESPACE, tl, triton
 
 MAX_HEAD_DIM = 256
 _LOG2_E = math.log2(math.e)
@@ -399,7 +399,7 @@ def _document_bounds(documents: Tensor | None) -> tuple[Tensor | None, Tensor | 
     return doc_start.contiguous(), doc_end.contiguous()
 
 
-@torch.library.custom_op("gpt2::attention_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_fwd", mutates_args=())
 def attention_fwd(
     qkv: Tensor, seed: Tensor | None, documents: Tensor | None, n_head: int, dropout_p: float, sm_scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -429,7 +429,7 @@ def _(qkv, seed, documents, n_head, dropout_p, sm_scale):
     return qkv.new_empty((B, T, C)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
 
 
-@torch.library.custom_op("gpt2::attention_bwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_bwd", mutates_args=())
 def attention_bwd(
     do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, seed: Tensor | None, documents: Tensor | None,
     n_head: int, dropout_p: float, sm_scale: float,
