@@ -8,6 +8,7 @@ from ._backend import use_backend
 from ._compile import no_compilation
 from ._dispatch import check_backend
 from ._machine import gpu_problem
+from ._patch import patch, unpatch
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
 from .cross_entropy import cross_entropy
@@ -30,6 +31,8 @@ __all__ = [
     "linear_gelu",
     "lm_logits",
     "no_compilation",
+    "patch",
     "residual_dropout_mask",
+    "unpatch",
     "use_backend",
 ]

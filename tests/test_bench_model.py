@@ -52,8 +52,8 @@ def _train(providers, missing=None, *, batch=(2,), device=CPU, **options):
 
 def test_training_step_has_time_and_memory():
     missing = {}
-    (rows,) = _train(["eager", "hf", "triton", "triton+graph", "trainer", "hf+liger", "nanogpt"], missing)
-    assert set(rows) == {"eager", "hf", "trainer", CONTROL} and not any(row.error for row in rows.values())
+    (rows,) = _train(["eager", "hf", "hf+patch", "triton", "triton+graph", "trainer", "hf+liger", "nanogpt"], missing)
+    assert set(rows) == {"eager", "hf", "hf+patch", "trainer", CONTROL} and not any(row.error for row in rows.values())
     assert missing.keys() == {"triton", "triton+graph", "hf+liger", "nanogpt"}
     assert missing["triton"] == "needs a CUDA device" and "nanoGPT" in missing["nanogpt"]
     eager = rows["eager"]
