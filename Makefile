@@ -37,7 +37,7 @@ $(VENV)/.made:
 
 $(VENV)/.with-%: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "installing the pinned packages: $*"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(if $(filter core,$*),,[$*])'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[core,$*]'
 	@touch $@
 
 train: $(VENV)/.with-core

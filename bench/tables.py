@@ -27,7 +27,7 @@ BUILDS_ON = {
 }  # fmt: skip
 _ORDER = (
     "triton", "untuned", "triton+graph", *LADDER, "sdpa", "sdpa_full", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient",
-    "sdpa_math", "flex", "liger", "cce", "cce_exact", "fla", "hf", "hf_static", "hf+liger", "nanogpt",
+    "sdpa_math", "flex", "liger", "cce", "cce_exact", "fla", "hf", "hf_static", "hf+patch", "hf+liger", "nanogpt",
 )  # fmt: skip
 _CLOCKS = ("events", "graph", "wall")
 # Columns of training runs: head, metric, format.

@@ -9,6 +9,7 @@ from ._compile import no_compilation
 from ._dispatch import check_backend
 from ._linear import linear
 from ._machine import gpu_problem
+from ._patch import patch, unpatch
 from ._tables import launch_tables, tables, use_tables
 from .add_layer_norm import add_layer_norm, linear_add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention, document_bounds
@@ -36,8 +37,10 @@ __all__ = [
     "linear_gelu",
     "lm_logits",
     "no_compilation",
+    "patch",
     "residual_dropout_mask",
     "tables",
+    "unpatch",
     "use_backend",
     "use_tables",
 ]

@@ -1,6 +1,6 @@
-"""python -m kernels: what this machine runs and why.
+"""What this machine runs and why; check: prove the kernels right on it; tune: choose their launch options on its GPU.
 
-python -m kernels check: prove the kernels right on it. python -m kernels tune: choose their launch options on its GPU.
+`python -m kernels` in the repository, `gpt2-kernels` from a wheel.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from . import _tables
 from . import _tune as _tuner
 from ._backend import device_problem
-from ._check import check, describe
+from ._check import NothingCompared, check, describe
 from ._dispatch import kernel_problem
 from ._launch import arch_of, sm_count
 from ._machine import gpu_problem, this_device
@@ -34,8 +34,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m kernels", description=__doc__)
+    parser = _Parser(
+        prog=f"python -m {__package__}",
+        description="Without a command, or by `info`: what this machine runs and why.",
+        epilog="Benchmarks, and what the kernels compile to without a GPU, are in the repository: python -m bench",
+    )
     commands = parser.add_subparsers(dest="command")
+    commands.add_parser("info", help="what this machine runs and why")
     sub = commands.add_parser("check", help="prove every kernel on this machine against float64")
     sub.add_argument("--op", nargs="+", choices=list(all_specs()), default=list(all_specs()), help="kernels to prove")
     sub.add_argument("--dtype", nargs="+", choices=_DTYPES, help="default: all that run here")
@@ -99,7 +104,7 @@ def _tune(args: argparse.Namespace, device: torch.device, problem: str | None) -
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0 fine, 1 a kernel is wrong, 2 the check cannot run."""
     args = _parse(argv)
-    if args.command is None:
+    if args.command in (None, "info"):
         print("\n".join(describe()), flush=True)
         return _compile_all()
     device = this_device()
@@ -110,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         # Triton reads the variable when it is imported: start again with it set.
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a busy machine: see model/__init__.py
-        os.execv(sys.executable, [sys.executable, "-m", "kernels", *(sys.argv[1:] if argv is None else argv)])
+        os.execv(sys.executable, [sys.executable, "-m", __package__, *(sys.argv[1:] if argv is None else argv)])
     if problem is not None:
         return _fail(f"the kernels cannot run here: {problem}")
     if INTERPRET and "bfloat16" in (args.dtype or []):
@@ -120,7 +125,10 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     default = ["float32", "float16"] if INTERPRET else ["bfloat16", "float16", "float32"]
     names = args.dtype or (default[:1] if args.quick else default)
-    result = check(args.op, [getattr(torch, name) for name in names], device, quick=args.quick)
+    try:
+        result = check(args.op, [getattr(torch, name) for name in names], device, quick=args.quick)
+    except NothingCompared as error:
+        return _fail(str(error))
     if args.json is not None:
         try:
             args.json.write_text(json.dumps(result.as_dict(), indent=1))

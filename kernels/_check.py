@@ -17,6 +17,10 @@ from ._proof import FAMILIES, Comparison, prove_family
 from ._registry import all_specs, case_text, dtype_name
 
 
+class NothingCompared(RuntimeError):
+    """A check without a single comparison has proven nothing."""
+
+
 def describe() -> list[str]:
     """What this machine runs, and why, line by line."""
     problem = device_problem("cuda", 0) if this_device().type == "cuda" else None
@@ -106,6 +110,7 @@ def check(
 
     quick: only the first case of each kernel. out_of_time: asked before each case; the rest is skipped once it returns
     True, which is why a family goes through all kernels before the next one starts.
+    NothingCompared if there was no comparison, and no case that could not run.
     """
     specs = all_specs()
     jobs = [
@@ -139,5 +144,8 @@ def check(
                 ]
             failures += wrong
             failed |= {(spec.name, dtype)} if wrong else set()
+    if not (comparisons or failures):
+        why = "there was no time for a case" if skipped else "no kernel has a case"
+        raise NothingCompared(f"nothing was compared, so nothing is proven: {why}")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, interpreted"
     return CheckResult(comparisons, failures, failed, skipped, time.perf_counter() - started, where)

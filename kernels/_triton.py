@@ -1,6 +1,12 @@
-"""Triton where it is installed, inert stand-ins where it is not, so that every kernel file imports anywhere."""
+"""Triton where it is installed, inert stand-ins where it is not, so that every kernel file imports anywhere.
+
+NAMESPACE: of the operators in torch.ops. This folder has two import names, `kernels` in the repository and
+`gpt2_kernels` from a wheel; operators, and what torch.compile stores of them, follow it, so one process can have both.
+"""
 
 from types import SimpleNamespace
+
+NAMESPACE = __package__.replace(".", "_")
 
 try:
     import triton
@@ -20,4 +26,4 @@ except ImportError:  # macOS, Windows, or a Linux without the wheel
     tl = SimpleNamespace(constexpr=lambda value=None: value)  # type: ignore[assignment]
     TensorDescriptor = SimpleNamespace  # type: ignore[assignment,misc]
 
-__all__ = ["HAS_TRITON", "INTERPRET", "TensorDescriptor", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRET", "NAMESPACE", "TensorDescriptor", "tl", "triton"]

@@ -24,7 +24,7 @@ from ._dropout import dropout_hash, dropout_threshold, dropout_words, keep_mask,
 from ._launch import as_rows, launch, row_tile, sm_count
 from ._linear import linear
 from ._registry import Case, Draw, KernelSpec, register
-from ._triton import tl, triton
+from ._triton import NAMESPACE, tl, triton
 from .layer_norm import check_affine, layer_norm, normalize, normalize_gradient, tile_ptrs, too_wide
 
 STREAM = tl.constexpr(2**31 - 1)  # attention counts its streams, one a head, from 0
@@ -130,7 +130,7 @@ def _add_layer_norm_bwd_kernel(
             tl.store(sums_ptrs + 2 * N, tl.sum(dc, 0), mask=mask_n)
 
 
-@torch.library.custom_op("gpt2::add_layer_norm_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::add_layer_norm_fwd", mutates_args=())
 def add_layer_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, x_bias: Tensor | None, seed: Tensor | None,
     eps: float, dropout_p: float,
@@ -163,7 +163,7 @@ def _(x, residual, weight, bias, x_bias, seed, eps, dropout_p):
     return y, h, *(x.new_empty(M, dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("gpt2::add_layer_norm_bwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::add_layer_norm_bwd", mutates_args=())
 def add_layer_norm_bwd(
     dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
     seed: Tensor | None, dropout_p: float, n_sums: int,

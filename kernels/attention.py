@@ -35,7 +35,7 @@ from ._dropout import dropout_threshold, keep_mask, seed_tensor
 from ._launch import arch_of, launch
 from ._registry import Case, Draw, KernelSpec, register
 from ._tables import choose
-from ._triton import TensorDescriptor, triton
+from ._triton import NAMESPACE, TensorDescriptor, triton
 
 MAX_HEAD_DIM = 256
 _LOG2_E = math.log2(math.e)
@@ -134,7 +134,7 @@ def _parts(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
     return q.chunk(3, 2) if k is None or v is None else (q, k, v)
 
 
-@torch.library.custom_op("gpt2::attention_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_fwd", mutates_args=())
 def attention_fwd(
     q: Tensor, k: Tensor | None, v: Tensor | None, seed: Tensor | None, documents: Tensor | None,
     dropout_p: float, sm_scale: float,
@@ -154,7 +154,7 @@ def _(q, k, v, seed, documents, dropout_p, sm_scale):
     return q.new_empty((B, T, H, D)), q.new_empty((B, H, T), dtype=torch.float32)
 
 
-@torch.library.custom_op("gpt2::attention_bwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_bwd", mutates_args=())
 def attention_bwd(
     do: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, o: Tensor, lse: Tensor,
     seed: Tensor | None, documents: Tensor | None, dropout_p: float, sm_scale: float,

@@ -29,7 +29,7 @@ from ._dispatch import use_triton
 from ._launch import launch
 from ._registry import Case, Draw, KernelSpec, register
 from ._tables import Options, choose
-from ._triton import tl, triton
+from ._triton import NAMESPACE, tl, triton
 
 _SPACE = {"BLOCK_V": (4096, 8192, 16384), "num_warps": (8, 16, 32)}
 
@@ -200,7 +200,7 @@ def target_count(targets: Tensor, ignore_index: int) -> Tensor:
     return (targets != ignore_index).sum()
 
 
-@torch.library.custom_op("gpt2::cross_entropy_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::cross_entropy_fwd", mutates_args=())
 def cross_entropy_fwd(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """logits: (M, V) any strides; targets: (M,) -> loss: () float32; m, l: (M,) float32."""
     M, V = logits.shape
@@ -224,7 +224,7 @@ def _(logits, targets, ignore_index):
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), targets.shape, targets.shape))
 
 
-@torch.library.custom_op("gpt2::cross_entropy_bwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::cross_entropy_bwd", mutates_args=())
 def cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, targets: Tensor, m: Tensor, l: Tensor, ignore_index: int  # noqa: E741
 ) -> Tensor:  # fmt: skip

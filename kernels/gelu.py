@@ -23,7 +23,7 @@ from ._dispatch import use_triton
 from ._launch import as_rows, launch, sm_count
 from ._linear import linear
 from ._registry import Case, Draw, KernelSpec, register
-from ._triton import tl, triton
+from ._triton import NAMESPACE, tl, triton
 from .layer_norm import tile_ptrs
 
 APPROXIMATIONS = ("tanh", "none")
@@ -103,7 +103,7 @@ def _bias_gelu_bwd_kernel(
         tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
 
 
-@torch.library.custom_op("gpt2::bias_gelu_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::bias_gelu_fwd", mutates_args=())
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """x: (..., N) any strides -> y: (..., N) contiguous x.dtype."""
     rows = as_rows(x)
@@ -125,7 +125,7 @@ def _(x, bias, approximate):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("gpt2::bias_gelu_bwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::bias_gelu_bwd", mutates_args=())
 def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, need_db: bool) -> tuple[Tensor, Tensor]:
     """dy, x: (..., N) any strides -> dx: (..., N) contiguous x.dtype, db: (N,) float32, (0,) if unneeded."""
     rows, dy_rows = as_rows(x), as_rows(dy)

@@ -23,7 +23,7 @@ from torch import Tensor
 from ._dispatch import TRITON_DTYPES, use_triton
 from ._launch import launch, recording
 from ._registry import Case, Draw, KernelSpec, register
-from ._triton import tl, triton
+from ._triton import NAMESPACE, tl, triton
 from .cross_entropy import (
     check_targets,
     cross_entropy_eager,
@@ -100,7 +100,7 @@ def _loss_eager(g: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, g
         torch.mul(p.scatter_add_(1, t, p.new_full(t.shape, -1.0)), is_counted, out=g)
 
 
-@torch.library.custom_op("gpt2::linear_cross_entropy_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_fwd", mutates_args=())
 def linear_cross_entropy_fwd(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dw: bool, eager: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +147,7 @@ def _(x, weight, targets, ignore_index, need_dx, need_dw, eager=False):
     return x.new_empty((), dtype=torch.float32), dx, dw
 
 
-@torch.library.custom_op("gpt2::linear_cross_entropy_bwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_bwd", mutates_args=())
 def linear_cross_entropy_bwd(
     dloss: Tensor, targets: Tensor, ignore_index: int, dx: Tensor, dw: Tensor, eager: bool = False
 ) -> tuple[Tensor, Tensor]:

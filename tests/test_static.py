@@ -190,7 +190,7 @@ def _broken_kernel(x_ptr, N, BLOCK: tl.constexpr):
         y = tl.no_such_function(N)
     tl.store(x_ptr + offs, y)
 
-@torch.library.custom_op("gpt2::broken", mutates_args=())
+@torch.library.custom_op("mine::broken", mutates_args=())
 def broken(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty_like(x)
     launch(_broken_kernel, (1,), y, 48, BLOCK=x.shape[-1])
