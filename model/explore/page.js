@@ -33,7 +33,8 @@ function open() {
   const missing = ["Worker", "DecompressionStream", "Response"].find((name) => !(name in globalThis));
   if (missing) throw new Error(`This browser is too old for the page (it has no ${missing}): use a newer one.`);
   worker = new Worker(URL.createObjectURL(new Blob([byId("worker").textContent], { type: "text/javascript" })));
-  worker.onerror = (event) => fail(`The engine stopped: ${event.message || "it could not start"}. Open the page again.`);
+  worker.onerror = (event) =>
+    fail(`The engine stopped: ${event.message || "it could not start"}. Open the page again.`);
   worker.onmessage = ({ data }) => {
     const at = answers.findIndex(({ kind }) => kind === data.kind || (data.kind === "failed" && kind === data.what));
     const [waiting] = at < 0 ? [] : answers.splice(at, 1);
@@ -112,7 +113,8 @@ const receivers = {
     });
     const speed = written > 1 ? `${written} written, ${Math.round(written / seconds)} a second.` : "";
     const isError = ending && !/^(Stopped|The model ended)/.test(ending);
-    const unseen = start > 0 ? ` The models see the last ${T}.`.replace("models see", plural("model sees", "models see")) : "";
+    const unseen =
+      start > 0 ? ` The models see the last ${T}.`.replace("models see", plural("model sees", "models see")) : "";
     say(isError ? ending : `${end().toLocaleString("en")} tokens. ${speed}${unseen} ${ending}`, isError);
     setBusy(false);
     if (!isError || end()) select(Math.min(state.selected ?? end(), end()));
@@ -170,13 +172,23 @@ function fail(reason) {
 // The text --------------------------------------------------------------------------------------------------------------
 
 function makePane({ name }, m) {
-  const text = element("div", { className: "text", role: "group", "aria-label": `Text, read by ${name}; arrow keys move` });
+  const text = element("div", {
+    className: "text",
+    role: "group",
+    "aria-label": `Text, read by ${name}; arrow keys move`,
+  });
   rove(text, ".token");
   text.addEventListener("click", ({ target }) => {
     if (target.dataset.i !== undefined) select(Number(target.dataset.i));
   });
   const title = state.models.length > 1 ? [element("h3", {}, name)] : [];
-  return element("section", { className: "pane" }, ...title, element("p", { className: "totals", id: `totals-${m}` }), text);
+  return element(
+    "section",
+    { className: "pane" },
+    ...title,
+    element("p", { className: "totals", id: `totals-${m}` }),
+    text,
+  );
 }
 
 function makeToken({ i, id, piece, rows, isEnd }, m) {
@@ -267,7 +279,10 @@ function focusOn(group, item) {
 
 function rememberLink() {
   const prompt = byId("prompt").value;
-  const values = [["prompt", prompt.length > LINK_LENGTH ? "" : prompt], ...SETTINGS.map((name) => [name, byId(name).value])];
+  const values = [
+    ["prompt", prompt.length > LINK_LENGTH ? "" : prompt],
+    ...SETTINGS.map((name) => [name, byId(name).value]),
+  ];
   history.replaceState(null, "", `#${new URLSearchParams(values)}`);
 }
 

@@ -1,7 +1,7 @@
-"""The page: weights as safetensors, compressed, in base64; the JavaScript beside this file; a policy without network.
+"""The page: weights as safetensors, compressed, in base64; the JavaScript of this folder; a policy without network.
 
-The JavaScript is in the page as it is in its files: gpt.js, tokenizer.js and worker.js run in a worker, so that the page
-answers while the model works; views.js and page.js are what is seen.
+The JavaScript is in the page as it is in its files: gpt.js, tokenizer.js and worker.js run in a worker, so that the
+page answers while the model works; views.js and page.js are what is seen.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def pack(subjects: Sequence[Subject], tokenizer: Tokenizer, weights: Weights) ->
     fields = {"name": tokenizer.name, **tokenizer.fields()}
     if isinstance(tokenizer, BytePairTokenizer):  # GPT-2's own are not in its fields
         fields["tokens"] = [bpe.to_printable(token) for token in tokenizer.tokens]
-    return safetensors.torch.save(tensors, {"models": json.dumps(about), "tokenizer": json.dumps(fields)})
+    return safetensors.torch.save(tensors, {"page": json.dumps({"models": about, "tokenizer": fields})})
 
 
 def _stored(model: GPT, weights: Weights) -> dict[str, Tensor]:
@@ -126,8 +126,8 @@ def _sentence(subjects: Sequence[Subject], weights: Weights) -> str:
     what = "a language model" if len(subjects) == 1 else "two language models"
     stored = "float16" if weights == "float16" else "8 bits each"
     return (
-        f"This page holds {what} of {' and '.join(sizes)} parameters ({stored}) and runs in your browser alone, without a "
-        "network: type the beginning of a text, see it continued token by token, and look at how each token was chosen."
+        f"This page holds {what} of {' and '.join(sizes)} parameters ({stored}) and runs in your browser, without "
+        "a network: type the beginning of a text, see it continued token by token, and look at how each was chosen."
     )
 
 

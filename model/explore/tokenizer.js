@@ -110,7 +110,7 @@ class TextStream {
 
 /** A token on its own, for lists: its text, or its bytes if they are a part of a character. */
 function showToken(tokenizer, id) {
-  if (id === tokenizer.eotId) return "⟨end of text⟩";
+  if (id === tokenizer.eotId) return "⟨end-of-text⟩";
   const bytes = tokenizer.bytes[id];
   try {
     return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);

@@ -46,9 +46,15 @@ function showChoices() {
   const about = byId("choices-about");
   if (i === null) about.textContent = state.isBusy ? "" : "Write or read a text first, then click a token in it.";
   else if (isEnd) about.textContent = "What may come next. Choose a token to go on from it.";
-  else if (!rows) about.textContent = "The first token: the models predict what follows it.".replace("models predict", plural("model predicts", "models predict"));
+  else if (!rows)
+    about.textContent = "The first token: the models predict what follows it.".replace(
+      "models predict",
+      plural("model predicts", "models predict"),
+    );
   else {
-    const bits = rows.map(({ logprob }) => `${percent(Math.exp(logprob))}, ${(-logprob / Math.LN2).toFixed(1)} bits of surprise`);
+    const bits = rows.map(
+      ({ logprob }) => `${percent(Math.exp(logprob))}, ${(-logprob / Math.LN2).toFixed(1)} bits of surprise`,
+    );
     about.textContent = `Token ${i}, ${visible(state.vocabulary[token.id])}: ${bits.join("; ")}. Choose another to take that path from here.`;
   }
   byId("choices").replaceChildren(
@@ -66,7 +72,11 @@ function makeChoice(i, id, p, isTaken) {
   bar.style.setProperty("--p", (100 * p).toFixed(1));
   const button = element(
     "button",
-    { type: "button", className: `choice${isTaken ? " taken" : ""}`, "aria-label": `${word}, ${percent(p)}${isTaken ? ", taken" : ""}` },
+    {
+      type: "button",
+      className: `choice${isTaken ? " taken" : ""}`,
+      "aria-label": `${word}, ${percent(p)}${isTaken ? ", taken" : ""}`,
+    },
     element("code", {}, word),
     bar,
     element("span", { className: "p" }, percent(p)),
@@ -88,7 +98,12 @@ function makeTiles() {
   for (let layer = 0; layer < L; layer++) {
     for (let head = 0; head < H; head++) {
       const canvas = element("canvas", { width: 1, height: 1, "aria-hidden": "true" });
-      const button = element("button", { type: "button", className: "tile", tabIndex: -1, "aria-label": `Layer ${layer}, head ${head}` });
+      const button = element("button", {
+        type: "button",
+        className: "tile",
+        tabIndex: -1,
+        "aria-label": `Layer ${layer}, head ${head}`,
+      });
       button.append(canvas, element("span", {}, `${layer}.${head}`));
       button.setAttribute("aria-pressed", "false");
       button.addEventListener("click", () => showMap(layer, head));
@@ -119,7 +134,10 @@ function showTiles({ model, layer, heads }) {
     const [what, share] = Object.entries(reads).sort((a, b) => b[1] - a[1])[0];
     const words = share >= 0.3 ? `${what} ${percent(share)}` : "";
     tile.lastElementChild.textContent = `${layer}.${head} ${words}`;
-    tile.setAttribute("aria-label", `Layer ${layer}, head ${head}${words ? `, reads mostly the ${what} token, ${percent(share)}` : ""}`);
+    tile.setAttribute(
+      "aria-label",
+      `Layer ${layer}, head ${head}${words ? `, reads mostly the ${what} token, ${percent(share)}` : ""}`,
+    );
   });
 }
 
@@ -128,10 +146,19 @@ function paint(canvas, p, n) {
   canvas.width = canvas.height = Math.max(n, 1);
   const context = canvas.getContext("2d");
   const image = context.createImageData(canvas.width, canvas.width);
-  const [from, to] = isDark() ? [[28, 36, 49], [132, 200, 255]] : [[242, 244, 248], [18, 60, 140]];
+  const [from, to] = isDark()
+    ? [
+        [28, 36, 49],
+        [132, 200, 255],
+      ]
+    : [
+        [242, 244, 248],
+        [18, 60, 140],
+      ];
   for (let i = 0; i < n * n; i++) {
     const share = Math.sqrt(Math.min(p[i], 1));
-    for (let channel = 0; channel < 3; channel++) image.data[4 * i + channel] = from[channel] + share * (to[channel] - from[channel]);
+    for (let channel = 0; channel < 3; channel++)
+      image.data[4 * i + channel] = from[channel] + share * (to[channel] - from[channel]);
     image.data[4 * i + 3] = 255;
   }
   context.putImageData(image, 0, 0);
@@ -154,7 +181,10 @@ async function showMap(layer, head) {
   if (map.layer !== view.layer || map.head !== view.head || map.model !== view.model) return;
   view.map = map;
   paint(byId("map"), map.p, map.T);
-  byId("map").setAttribute("aria-label", `Attention map of layer ${layer}, head ${head}: ${map.T} tokens; arrow keys choose a row`);
+  byId("map").setAttribute(
+    "aria-label",
+    `Attention map of layer ${layer}, head ${head}: ${map.T} tokens; arrow keys choose a row`,
+  );
   for (const id of ["png", "svg"]) byId(id).disabled = false;
   makeStrip();
   showRow(inContext(state.selected) - map.start);
@@ -232,7 +262,12 @@ function saveSvg() {
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
     return made;
   };
-  const svg = make("svg", { viewBox: `0 0 ${T} ${T}`, width: MAP_PIXELS, height: MAP_PIXELS, "shape-rendering": "crispEdges" });
+  const svg = make("svg", {
+    viewBox: `0 0 ${T} ${T}`,
+    width: MAP_PIXELS,
+    height: MAP_PIXELS,
+    "shape-rendering": "crispEdges",
+  });
   svg.append(make("rect", { width: T, height: T, fill: "#f2f4f8" }));
   const name = (t) => visible(state.vocabulary[tokenAt(start + t)?.id] ?? "");
   for (let row = 0; row < T; row++) {
@@ -277,8 +312,10 @@ function cells(tag, ...contents) {
 }
 
 function showLens({ i, next, layers }) {
-  const about = next === undefined ? "the next token, not written yet" : `${visible(state.vocabulary[next])}, which follows`;
-  byId("lens-about").textContent = `Read at token ${i}, ${visible(state.vocabulary[tokenAt(i)?.id] ?? "")}: the residual stream after each layer, put through the final LayerNorm and the output head; what it would predict in place of ${about}.`;
+  const about =
+    next === undefined ? "the next token, not written yet" : `${visible(state.vocabulary[next])}, which follows`;
+  byId("lens-about").textContent =
+    `Read at token ${i}, ${visible(state.vocabulary[tokenAt(i)?.id] ?? "")}: the residual stream after each layer, put through the final LayerNorm and the output head; what it would predict in place of ${about}.`;
   const head = ["after", "most likely", "second", "third", "fourth", "fifth"];
   if (next !== undefined) head.push("what follows");
   head.push("|x|", "|attn|", "|mlp|");
@@ -300,7 +337,8 @@ function showLens({ i, next, layers }) {
 }
 
 function showNeighbours({ i, tokens, positions, position }) {
-  byId("neighbours-about").textContent = `Of token ${i}, ${visible(state.vocabulary[tokenAt(i)?.id] ?? "")}, at position ${position}: the embeddings that point most in the same direction, by the cosine of the angle.`;
+  byId("neighbours-about").textContent =
+    `Of token ${i}, ${visible(state.vocabulary[tokenAt(i)?.id] ?? "")}, at position ${position}: the embeddings that point most in the same direction, by the cosine of the angle.`;
   const row = (title, found, show) => {
     const items = found.map(([at, cosine]) => [show(at), element("small", {}, cosine.toFixed(2))]);
     return element("tr", {}, element("th", { scope: "row" }, title), ...cells("td", ...items));

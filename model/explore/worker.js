@@ -190,7 +190,9 @@ function encode(prompt) {
   const ids = tokenizer.encode(prompt);
   if (ids.length > text.N) {
     const most = text.N.toLocaleString("en");
-    throw new Error(`The text has ${ids.length.toLocaleString("en")} tokens, and this model reads at most ${most}: shorten it.`);
+    throw new Error(
+      `The text has ${ids.length.toLocaleString("en")} tokens, and this model reads at most ${most}: shorten it.`,
+    );
   }
   return ids.length ? ids : [tokenizer.eotId];
 }
@@ -234,8 +236,9 @@ function lens({ model, i }) {
 const handlers = {
   open({ buffer }) {
     const { tensors, metadata } = readTensors(buffer);
-    tokenizer = makeTokenizer(JSON.parse(metadata.tokenizer));
-    models = JSON.parse(metadata.models).map(({ name, config, shared }, m) => {
+    const page = JSON.parse(metadata.page);
+    tokenizer = makeTokenizer(page.tokenizer);
+    models = page.models.map(({ name, config, shared }, m) => {
       const same = new Set(shared); // tensors that are those of the first model
       const find = (tensor) => tensors.get(`${same.has(tensor) ? 0 : m}.${tensor}`) ?? null;
       return { name, config, gpt: new GPT(config, find) };
@@ -273,10 +276,10 @@ const handlers = {
   },
 };
 
-onmessage = ({ data }) => {
+addEventListener("message", ({ data }) => {
   try {
     handlers[data.kind](data);
   } catch (error) {
     postMessage({ kind: "failed", what: data.kind, reason: error.message });
   }
-};
+});
