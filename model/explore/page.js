@@ -7,6 +7,7 @@ const SHOWN = 4000; // tokens that the page keeps; those before are dropped, so 
 const MOST_BITS = 10; // of surprise, in the darkest colour
 const HEAT = 70; // per cent of that colour
 const LINK_LENGTH = 8000; // characters of a prompt that go into the link
+const DRAW_MS = 40; // between two drawings of a text that grows
 const SETTINGS = ["temperature", "topK", "topP", "seed", "tokens"];
 
 const state = {
@@ -19,9 +20,12 @@ const state = {
   ahead: null, // for each model what may come next
   selected: null, // the number of a token, or of the place after the last
   isBusy: true,
+  number: 0, // of the reading or writing that was asked for last
 };
 
 let worker;
+const arrived = []; // tokens that are not shown yet
+let drawing = null; // the timer that will
 const answers = []; // of the worker, waited for by `ask`
 
 function ask(message, kind = message.kind) {
@@ -78,6 +82,7 @@ const receivers = {
 
   /** The text now has its first n tokens only. */
   kept({ n }) {
+    drawTokens();
     state.ahead = null;
     if (n < state.dropped) Object.assign(state, { tokens: [], dropped: n });
     state.tokens.length = Math.min(state.tokens.length, n - state.dropped);
@@ -90,23 +95,13 @@ const receivers = {
 
   tokens({ tokens, start }) {
     state.start = start;
-    state.tokens.push(...tokens);
-    document.querySelectorAll(".text").forEach((text, m) => {
-      const isAtEnd = text.scrollTop + text.clientHeight > text.scrollHeight - 40;
-      text.append(...tokens.map((token) => makeToken(token, m)));
-      const surplus = text.childElementCount - SHOWN;
-      for (let i = 0; i < surplus; i++) text.firstElementChild.remove();
-      if (isAtEnd) text.scrollTop = text.scrollHeight;
-    });
-    const surplus = Math.max(0, state.tokens.length - SHOWN);
-    state.tokens.splice(0, surplus);
-    state.dropped += surplus;
-    showTotals();
-    say(`${end().toLocaleString("en")} tokens`);
+    arrived.push(...tokens);
+    drawing ??= setTimeout(drawTokens, DRAW_MS);
   },
 
-  done({ ending, written, seconds, start, T, ahead, isNewest }) {
-    if (!isNewest) return;
+  done({ ending, written, seconds, start, T, ahead, number }) {
+    drawTokens();
+    if (number !== state.number) return; // another has been asked for meanwhile
     Object.assign(state, { start, T, ahead });
     document.querySelectorAll(".text").forEach((text, m) => {
       text.append(makeToken({ i: end(), piece: "", rows: null, isEnd: true }, m));
@@ -123,6 +118,28 @@ const receivers = {
 
   tiles: showTiles,
 };
+
+/** Show the tokens that have arrived. Not each as it comes: to lay a long text out takes longer than to write a token. */
+function drawTokens() {
+  clearTimeout(drawing);
+  drawing = null;
+  if (!arrived.length) return;
+  const tokens = arrived.splice(0);
+  state.tokens.push(...tokens);
+  document.querySelectorAll(".text").forEach((text, m) => {
+    const isAtEnd = text.scrollTop + text.clientHeight > text.scrollHeight - 40;
+    text.append(...tokens.map((token) => makeToken(token, m)));
+    const surplus = text.childElementCount - SHOWN;
+    for (let i = 0; i < surplus; i++) text.firstElementChild.remove();
+    if (isAtEnd) text.scrollTop = text.scrollHeight;
+  });
+  const surplus = Math.max(0, state.tokens.length - SHOWN);
+  state.tokens.splice(0, surplus);
+  state.dropped += surplus;
+  showTotals();
+  say(`${end().toLocaleString("en")} tokens`);
+  worker.postMessage({ kind: "drawn" });
+}
 
 const plural = (one, many) => (state.models.length > 1 ? many : one);
 
@@ -144,7 +161,15 @@ function write(message, tokens = settings().tokens) {
   setBusy(true);
   say("Reading …");
   const writer = Number(byId("writer").value || 0);
-  worker.postMessage({ kind: "write", ...message, tokens, settings: settings(), writer, shown: state.dropped });
+  worker.postMessage({
+    kind: "write",
+    ...message,
+    tokens,
+    settings: settings(),
+    writer,
+    shown: state.dropped,
+    number: ++state.number,
+  });
   rememberLink();
 }
 
@@ -154,6 +179,7 @@ function settings() {
 
 function setBusy(isBusy) {
   state.isBusy = isBusy;
+  byId("status").setAttribute("aria-busy", String(isBusy)); // no screen reader is to read every count of tokens
   for (const id of ["write", "read"]) byId(id).disabled = isBusy;
   byId("more").disabled = isBusy || end() === 0;
   byId("stop").disabled = !isBusy || !state.models.length;

@@ -45,6 +45,7 @@ function showChoices() {
   const rows = isEnd ? state.ahead : token?.rows;
   const about = byId("choices-about");
   if (i === null) about.textContent = state.isBusy ? "" : "Write or read a text first, then click a token in it.";
+  else if (isEnd && !rows?.length) about.textContent = "The model has not read the text to its end: press Write on.";
   else if (isEnd) about.textContent = "What may come next. Choose a token to go on from it.";
   else if (!rows)
     about.textContent = "The first token: the models predict what follows it.".replace(
@@ -59,7 +60,7 @@ function showChoices() {
   }
   byId("choices").replaceChildren(
     ...state.models.map(({ name }, m) => {
-      const items = (rows?.[m].top ?? []).map(([id, p]) => element("li", {}, makeChoice(i, id, p, id === token?.id)));
+      const items = (rows?.[m]?.top ?? []).map(([id, p]) => element("li", {}, makeChoice(i, id, p, id === token?.id)));
       const title = state.models.length > 1 ? [element("h4", {}, name)] : [];
       return element("div", {}, ...title, element("ol", { "aria-label": `Most likely tokens of ${name}` }, ...items));
     }),

@@ -3,6 +3,7 @@
 "use strict";
 
 const PAUSE_MS = 12; // of work between two looks at the messages that have arrived
+const UNDRAWN = 8; // messages with tokens that the page may be behind
 const ALTERNATIVES = 10; // tokens that are listed for each place
 const LENS = 5; // tokens of a layer's prediction
 const NEIGHBOURS = 8;
@@ -16,15 +17,21 @@ let text;
 let job = 0; // the newest reading or writing; an older one ends at its next pause
 let tilesJob = 0;
 let running = Promise.resolve();
+let undrawn = 0;
+let wake = () => {}; // what waits for the page to draw
 
-/** A text as every model reads it. start: the first token that is still in the models' context of N tokens. */
+/**
+ * A text as every model reads it. start: the first token that is still in the models' context of N tokens. T: how many
+ * from there they have read; fewer than there are only where reading was stopped.
+ */
 class Text {
   constructor() {
     this.readings = models.map(({ gpt }) => new Reading(gpt));
     this.N = Math.min(...models.map(({ gpt }) => gpt.config.n_positions));
+    this.half = Math.max(1, Math.floor(this.N / 2));
     this.ids = [];
     this.start = 0;
-    this.ahead = []; // for each model what may come next
+    this.ahead = []; // for each model what may come next; empty where it has not read to the end
   }
 
   get T() {
@@ -34,8 +41,10 @@ class Text {
   /** Go back to the first n tokens. */
   async keep(n, pause) {
     this.ids.length = n;
-    if (n === 0 || n <= this.start) await this.begin(Math.max(0, n - this.half), pause);
-    else if (n < this.start + this.T) await this.readFrom(n - 1, pause);
+    if (n <= this.start) await this.begin(Math.max(0, n - this.half), pause);
+    else if (n !== this.start + this.T || !this.ahead.length) {
+      await this.readFrom(Math.min(n - 1, this.start + this.T), pause);
+    }
   }
 
   /** Add a token -> for each model its log-probability and what was likely there; null for the first. */
@@ -44,14 +53,15 @@ class Text {
       ? this.ahead.map(({ logits, logSum, top }) => ({ logprob: logits[id] - logSum, top }))
       : null;
     this.ids.push(id);
-    // Positions are learned, so the context cannot slide: it begins anew with its last half (model/generate.py).
-    if (this.T === this.N) await this.begin(this.ids.length - this.half, pause);
-    else await this.readFrom(this.ids.length - 1, pause);
+    try {
+      // Positions are learned, so the context cannot slide: it begins anew with its last half (model/generate.py).
+      if (this.T === this.N) await this.begin(this.ids.length - this.half, pause);
+      else await this.readFrom(this.ids.length - 1, pause);
+    } catch (error) {
+      this.ids.pop();
+      throw error;
+    }
     return rows;
-  }
-
-  get half() {
-    return Math.max(1, Math.floor(this.N / 2));
   }
 
   async begin(start, pause) {
@@ -60,23 +70,19 @@ class Text {
   }
 
   async readFrom(first, pause) {
+    this.ahead = [];
     for (const reading of this.readings) reading.T = first - this.start;
+    let logits = [];
     for (let i = first; i < this.ids.length; i++) {
-      try {
-        await pause();
-      } catch (error) {
-        this.ids.length = i; // what has been read
-        throw error;
-      }
-      const isLast = i === this.ids.length - 1;
-      this.ahead = this.readings.map((reading) => forecast(reading.forward(this.ids[i]), isLast));
+      await pause();
+      logits = this.readings.map((reading) => reading.forward(this.ids[i]));
     }
+    this.ahead = logits.map(forecast);
   }
 }
 
 /** logits: (V) -> the logarithm of the sum of their exponentials, and the most likely tokens. */
-function forecast(logits, wanted) {
-  if (!wanted) return null;
+function forecast(logits) {
   const [best] = topk(logits, 1);
   const logSum = best === undefined ? NaN : logits[best] + Math.log(sumExp(logits, logits[best]));
   if (!Number.isFinite(logSum)) throw new Error("The model's logits are not numbers: its weights are damaged.");
@@ -132,17 +138,20 @@ function breathe() {
 }
 
 /** Read a prompt, or the text up to a token and then `next`, and write `tokens` more. */
-async function write({ prompt, keep, next, tokens, settings, writer, shown }, mine) {
+async function write({ prompt, keep, next, tokens, settings, writer, shown, number }, mine) {
   let last = performance.now();
   let batch = [];
   const flush = () => {
-    if (batch.length) postMessage({ kind: "tokens", tokens: batch, start: text.start });
+    if (!batch.length) return;
+    postMessage({ kind: "tokens", tokens: batch, start: text.start });
     batch = [];
+    undrawn++;
   };
   const pause = async () => {
     if (performance.now() - last >= PAUSE_MS) {
       flush();
       await breathe();
+      while (undrawn > UNDRAWN && mine === job) await new Promise((resolve) => (wake = resolve));
       last = performance.now();
     }
     if (mine !== job) throw new Cancelled();
@@ -180,9 +189,9 @@ async function write({ prompt, keep, next, tokens, settings, writer, shown }, mi
   }
   flush();
   postMessage({ kind: "kept", n: text.ids.length });
-  const ahead = text.ahead.map((forecast) => forecast && { top: forecast.top });
+  const ahead = text.ahead.map(({ top }) => ({ top }));
   const seconds = (performance.now() - began) / 1000;
-  postMessage({ kind: "done", ending, written, seconds, start: text.start, T: text.T, ahead, isNewest: mine === job });
+  postMessage({ kind: "done", ending, written, seconds, start: text.start, T: text.T, ahead, number });
 }
 
 /** The ids of a prompt. Error for one that the model cannot read. */
@@ -225,7 +234,7 @@ function lens({ model, i }) {
   const next = text.ids[i + 1];
   const layers = reading.stream.map((_, layer) => {
     const x = reading.state(layer, t);
-    const { logits, logSum, top } = forecast(reading.model.logits(x), true);
+    const { logits, logSum, top } = forecast(reading.model.logits(x));
     const written = layer ? Array.from(reading.written[layer - 1].subarray(2 * t, 2 * t + 2)) : null;
     const p = next === undefined ? null : Math.exp(logits[next] - logSum);
     return { top: top.slice(0, LENS), next: p, norm: norm(x), written };
@@ -249,10 +258,17 @@ const handlers = {
   },
   write(message) {
     const mine = ++job;
+    wake();
     running = running.then(() => write(message, mine));
   },
   stop() {
     job++;
+    wake();
+  },
+  /** The page has shown the tokens that it was sent. */
+  drawn() {
+    undrawn = 0;
+    wake();
   },
   tiles(message) {
     tiles(message, ++tilesJob);

@@ -37,6 +37,7 @@ def print_summary(cfg: TrainConfig, folder: Path, tokens: TokenData, model: GPT,
     print(f"validation {describe(best['val_loss'], len(tokens.val), tokens.meta['val']['bytes'])}")
     print(f"curves and samples: {folder / 'report.html'}")
     print(f'more text: python -m model.generate {shlex.quote(str(folder))} --prompt "{prompt}"')
+    print(f"in a browser: python -m model.explore {shlex.quote(str(folder))} {shlex.quote(str(folder / 'explore.html'))}")
 
 
 def write_sample(model: GPT, tokenizer: Tokenizer, *, tokens: int, seed: int) -> tuple[str, str]:
