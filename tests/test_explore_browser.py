@@ -27,11 +27,12 @@ from model.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, TrainedToke
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the playwright package: make browser installs it")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ENDPOINT = Path(__file__).parents[1] / "model" / "explore"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def browser():
+    os.environ.setdefault("PLAYWRIGHT_BROWSERS_PATH", str(ROOT / "build" / "browser"))
     with sync_api.sync_playwright() as playwright:
         usual = filter(None, [os.environ.get("CHROMIUM"), *map(shutil.which, NAMES)])
         path = next(usual, playwright.chromium.executable_path)
@@ -230,7 +231,7 @@ def test_probabilities_are_pytorchs(subject):
 )
 def test_ids_are_drawn_as_model_sampling_draws_them(browser, settings):
     page = browser.new_page()
-    page.add_script_tag(content="\n".join((ENDPOINT / name).read_text() for name in WORKER))
+    page.add_script_tag(content="\n".join((ROOT / "model" / "explore" / name).read_text() for name in WORKER))
     logits, uniforms = torch.randn(1, 400).mul(3).expand(50, -1), torch.rand(50, dtype=torch.float64)
     sampling = Sampling(**settings)
     js = {"temperature": sampling.temperature, "topK": sampling.top_k or 0, "topP": sampling.top_p}
@@ -341,7 +342,7 @@ def test_two_models_read_the_same_text(browser, tmp_path):
     opened.write(prompt="CHAPTER", temperature=0, tokens=4)
     as_stored(other, "float16")
     ids = tokenizer.encode("CHAPTER")
-    assert opened.ids == ids + [*generate(other, ids, tokens=4, temperature=0)]
+    assert opened.ids == [*ids, *generate(other, ids, tokens=4, temperature=0)]
     panes = opened.page.locator(".pane")
     assert panes.count() == 2 and panes.nth(0).inner_text().splitlines()[0] == "first"
     assert panes.nth(0).locator(".totals").inner_text() != panes.nth(1).locator(".totals").inner_text()
@@ -492,9 +493,7 @@ def test_bad_setting_is_refused_by_its_field(opened, name, value):
 
 def test_empty_prompt_begins_with_the_end_of_text(opened):
     opened.write(prompt="", tokens=2)
-    assert (
-        opened.ids[0] == SMALL.eot_id and opened.page.get_attribute(".text .token", "aria-label") == "⟨end-of-text⟩"
-    )
+    assert opened.ids[0] == SMALL.eot_id and opened.page.get_attribute(".text .token", "aria-label") == "⟨end-of-text⟩"
 
 
 def test_stop_and_long_texts(opened):
