@@ -97,6 +97,7 @@ MAKE = {  # what a target runs; the rest is installation
     "cuda-trace": "python -m pytest -q -n auto -m long tests/test_fake_cuda.py",
     "as-with-gpu": "python -m pytest -n auto --dist loadfile -m 'not long'",
     "llama": "python -m pytest -q -m long tests/test_llama.py",
+    "browser": "python -m pytest -q tests/test_explore_browser.py",
     "notebooks": "jupyter lab notebooks",
     "notebooks-run": "python notebooks/regenerate.py",
     "exchange": "python -m pytest -q -m slow tests/test_exchange.py",

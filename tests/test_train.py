@@ -63,7 +63,8 @@ def test_run_learns_and_fills_its_folder(here, capsys):
     assert sample.strip() in out
     loss = best["val_loss"]
     assert f"validation loss {loss:.4f} | perplexity {math.exp(loss):.2f} | {loss / math.log(2):.3f} bits" in out
-    assert out.endswith('more text: python -m model.generate runs/tiny --prompt "CHAPTER I. "\n')
+    in_browser = "in a browser: python -m model.explore runs/tiny runs/tiny/explore.html\n"
+    assert out.endswith(f'more text: python -m model.generate runs/tiny --prompt "CHAPTER I. "\n{in_browser}')
 
 
 def test_progress_lines_with_and_without_a_terminal(here, monkeypatch):
