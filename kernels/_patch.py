@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._dispatch import _warn_once
+from ._dispatch import warn_once
 from .add_layer_norm import add_layer_norm
 from .attention import causal_attention
 from .gelu import bias_gelu, linear_gelu
@@ -85,7 +85,7 @@ class _Attention(nn.Module):
         else:
             return True
         if self.training:
-            _warn_once(f"patch: attention stays transformers' own, as {why}")
+            warn_once(f"patch: attention stays transformers' own, as {why}")
         return False
 
 
@@ -194,7 +194,7 @@ class _LMHeadModel(nn.Module):
             return True
         head = _is_bare(self.lm_head, "Linear") and self.lm_head.bias is None
         if not (head and self.loss_function.__name__ == "ForCausalLMLoss"):
-            _warn_once("patch: logits are kept for the loss, as lm_head or the loss function is not GPT-2's own")
+            warn_once("patch: logits are kept for the loss, as lm_head or the loss function is not GPT-2's own")
             return True
         return False
 
@@ -233,7 +233,7 @@ def _mixin(module: Any) -> Any:
     if mixin is _Attention and module.is_cross_attention:
         return None
     if mixin is _MLP and type(module.act).__name__ not in _APPROXIMATE:
-        _warn_once(f"patch: the activation stays transformers' own: {type(module.act).__name__} is no GELU of GPT-2")
+        warn_once(f"patch: the activation stays transformers' own: {type(module.act).__name__} is no GELU of GPT-2")
         return None
     return mixin
 

@@ -155,8 +155,7 @@ class Log:
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         row = {"step": step, "tokens": step * self.tokens_per_step, **dict.fromkeys(COLUMNS), **finite}
         elapsed_s = self.elapsed_s()
-        self.metrics.write(json.dumps({**row, "elapsed_s": elapsed_s, **self.tables}) + "
-")
+        self.metrics.write(json.dumps({**row, "elapsed_s": elapsed_s, **self.tables}) + "\n")
         if self.tracker:
             self.tracker.log(step, finite)
         return elapsed_s
