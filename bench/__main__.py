@@ -1,4 +1,4 @@
-"""python -m bench: measure kernels, training, its time to a loss, and generation on this machine; compare reports, also over time."""
+"""python -m bench: measure kernels, training, its time to a loss, and generation on this machine; compare reports."""
 
 import json
 import os
