@@ -137,6 +137,8 @@ def resume_run(cfg: TrainConfig, world: World, folder: Path, stack: contextlib.E
     saved = checkpoint.load(folder, cfg.checkpoint)
     done, val_loss = saved.state["step"], saved.state["val_loss"]
     steps, plan = (stored.steps, stored.plan) if cfg.minutes else (cfg.steps, cfg.plan)
+    if cfg.minutes and steps and not plan:
+        plan = ((1, steps),)  # an older version planned once, and stored no more than the number of steps
     to_validate = val_loss is None and (done % cfg.eval_every == 0 or done == steps)
     if done > steps > 0:
         raise UserError(

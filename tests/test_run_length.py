@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -72,7 +73,8 @@ def test_minutes_choose_the_steps_and_store_them(here, capsys, ticking):
 
 
 def test_resume_with_minutes_is_bitwise_equal(here, monkeypatch, ticking):
-    """And so is a run with --steps, where the warm-up was not over when they were chosen and the speed was constant."""
+    """And so is a run with --steps, where the warm-up was not over when they were chosen and the speed was constant;
+    and one by an older version, which stored no plan."""
     flags = [*SMALL, "--warmup-steps", 15]
     assert call(*flags, "--minutes", 2, "--out", "straight") == 0
     for stop, steps in ((8, 0), (33, 62)):
@@ -82,6 +84,10 @@ def test_resume_with_minutes_is_bitwise_equal(here, monkeypatch, ticking):
             assert call(*flags, "--minutes", 2, "--out", out, "--or-resume") == 143
         assert options.stored_config(here / out).steps == steps
         assert "finished" not in (here / out / "report.html").read_text().split("</header>")[0]
+        path = here / out / "config.json"
+        older = json.loads(path.read_text())
+        assert bool(older["train"].pop("plan")) == (stop == 33)
+        path.write_text(json.dumps(older))
         assert call(*flags, "--minutes", 2, "--out", out, "--or-resume") == 0
     assert state(here / "stopped-33", 62) == state(here / "straight", 62)
     both = [{row[:4:3]: row for row in losses(here / out) if row[0] % 5 == 0} for out in ("stopped-33", "straight")]
@@ -131,16 +137,16 @@ def test_minutes_are_used_whatever_the_speed(here, capsys, ticking, speed):
 
 def repeated(here: Path, folder: Path) -> Path:
     """A run without a stop and without a clock, by the plan that `folder` has recorded."""
-    plan = [list(pair) for pair in options.stored_config(folder).plan]
-    (here / "again.toml").write_text(f"preset = 'tiny'\nplan = {plan}\nsteps = {plan[-1][1]}\n")
+    cfg = options.stored_config(folder)
+    (here / "again.toml").write_text(f"preset = 'tiny'\nplan = {list(map(list, cfg.plan))}\nsteps = {cfg.steps}\n")
     assert call(*SMALL, "--preset", "again.toml", "--out", "again") == 0
     return here / "again"
 
 
-@pytest.mark.parametrize("crash", [0, 36, 47])
-def test_resumed_run_keeps_the_plan(here, monkeypatch, ticking, crash):
-    """It crashes after the machine became faster, up to five steps after a plan that no checkpoint knows yet; resumed,
-    the machine is slow again. What the run computes depends on its recorded plan alone."""
+@pytest.mark.parametrize(("crash", "resume_at", "pace"), [(0, 0, 1.0), (36, 30, 1.5), (36, 10, 4.0)])
+def test_resumed_run_keeps_the_plan(here, monkeypatch, ticking, crash, resume_at, pace):
+    """It crashes after the machine became faster, and resumes before the steps of its last plans; the machine is slow
+    again, once so slow that the time for another plan comes before them. What it computes depends on the plan alone."""
 
     def fail():
         raise SystemExit("crashed")
@@ -149,14 +155,13 @@ def test_resumed_run_keeps_the_plan(here, monkeypatch, ticking, crash):
     if crash:
         with monkeypatch.context() as patch:
             other_lr(patch, crash, fail)
-            assert call(*SMALL, "--minutes", 2, "--out", "run") == "crashed"
+            assert call(*SMALL, "--minutes", 2, "--keep-last", 9, "--out", "run") == "crashed"
         before = options.stored_config(here / "run").plan
-        done = checkpoint.load(here / "run").state["step"]
-        assert before[-1][0] > done if crash == 36 else before
-        assert before[-1][1] > before[0][1]
-        ticking["step"] = 1.5
-        assert call("--resume", "run") == 0
-        assert options.stored_config(here / "run").plan[: len(before)] == before
+        assert before[-1][0] > resume_at and before[-1][1] > before[0][1]
+        ticking["step"] = pace
+        assert call("--resume", "run", "--checkpoint", f"step-{resume_at:08d}") == 0
+        plan = options.stored_config(here / "run").plan
+        assert plan[: len(before)] == before and list(plan) == sorted(plan)
     else:
         assert call(*SMALL, "--minutes", 2, "--out", "run") == 0
     steps = options.stored_config(here / "run").steps
