@@ -527,7 +527,7 @@ def test_processes_agree_when_they_start():
 def test_run_records_its_tables(monkeypatch, tmp_path):
     """The hash is in every row of the metrics and in the checkpoint, where there is a table."""
     monkeypatch.setattr(log, "launch_tables", lambda device: "0123456789ab")
-    cfg = default_config([])
+    cfg = dataclasses.replace(default_config([]), dtype="float32")
     world = World(0, 1, 0, torch.device("cpu"))
     with log.Log(tmp_path, cfg, TINY, world, sequences=1, done=0, elapsed_s=0.0, publish=print) as written:
         written.validation(1, 2.0, is_best=True)
