@@ -9,7 +9,7 @@ from ._compile import no_compilation
 from ._dispatch import check_backend
 from ._machine import gpu_problem
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
-from .attention import attention_dropout_mask, causal_attention, document_bounds
+from .attention import attention_dropout_mask, causal_attention, causal_attention_qkv, document_bounds
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .gelu import bias_gelu, linear_gelu
@@ -21,6 +21,7 @@ __all__ = [
     "attention_dropout_mask",
     "bias_gelu",
     "causal_attention",
+    "causal_attention_qkv",
     "check_backend",
     "cross_entropy",
     "decode_attention",
