@@ -12,7 +12,7 @@ from ._machine import gpu_problem
 from ._patch import patch, unpatch
 from ._tables import launch_tables, tables, use_tables
 from .add_layer_norm import add_layer_norm, linear_add_layer_norm, residual_dropout_mask
-from .attention import attention_dropout_mask, causal_attention, document_bounds
+from .attention import attention_dropout_mask, causal_attention, causal_attention_qkv, document_bounds
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .gelu import bias_gelu, linear_gelu
@@ -24,6 +24,7 @@ __all__ = [
     "attention_dropout_mask",
     "bias_gelu",
     "causal_attention",
+    "causal_attention_qkv",
     "check_backend",
     "cross_entropy",
     "decode_attention",

@@ -75,13 +75,15 @@ MUTANTS = (
            '            s = tl.where(offs_m[:, None] > offs_n[None, :], s, float("-inf"))\n'
            "        if META.DOCUMENTS:\n"
            '            s = tl.where(first_key[:, None] <= offs_n[None, :], s, float("-inf"))\n\n'),
-    Mutant("one key past the text", "_attention", "v = _load_tile(v_head, n, T, META.BLOCK_N, DIAGONAL, META)  # (BLOCK_N, "
-           "BLOCK_D)\n        acc", "v = _load_tile(v_head, n, T + 1, META.BLOCK_N, DIAGONAL, META)\n        acc"),
+    Mutant("one key past the text", "_attention",
+           "v = _load_tile(v_head, n, T, META.BLOCK_N, DIAGONAL, META)  # (BLOCK_N, BLOCK_D)\n        acc",
+           "v = _load_tile(v_head, n, T + 1, META.BLOCK_N, DIAGONAL, META)  # (BLOCK_N, BLOCK_D)\n        acc"),
     Mutant("the sum is not rescaled", "_attention", "l_i = l_i * alpha + tl.sum(p, 1)", "l_i = l_i + tl.sum(p, 1)"),
     Mutant("no guard where no score is finite", "_attention", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new"),
     Mutant("the maximum is not scaled", "_attention", "tl.max(s, 1) * qk_scale", "tl.max(s, 1)"),
     Mutant("lse without the sum", "_attention", "m_i + tl.log2(l_i), mask", "m_i, mask"),
-    Mutant("kept probabilities are not scaled up", "_attention", "acc * (z / l_i)[:, None]", "acc * (1.0 / l_i)[:, None]"),
+    Mutant("kept probabilities are not scaled up", "_attention", "acc * (z / l_i)[:, None]",
+           "acc * (1.0 / l_i)[:, None]"),
     Mutant("the document's first key is skipped", "_attention",
            's = tl.where(first_key[:, None] <= offs_n[None, :], s, float("-inf"))\n\n        # The maximum',
            's = tl.where(first_key[:, None] < offs_n[None, :], s, float("-inf"))\n\n        # The maximum'),
@@ -99,8 +101,10 @@ MUTANTS = (
            "offs_t, offs_d = t + tl.arange(0, BLOCK_T), tl.arange(0, META.BLOCK_D)"),
     Mutant("int32 steps through the sequence", "_attention", "offs_t = (t + tl.arange(0, BLOCK_T)).to(tl.int64)",
            "offs_t = t + tl.arange(0, BLOCK_T)"),
-    Mutant("values take the keys' place", "attention", "return q.chunk(3, 2) if", "return [q.chunk(3, 2)[i] for i in (0, 1, 1)] if"),
-    Mutant("descriptors of unaligned rows", "attention", "step % 16 == 0 for step in steps)", "step % 4 == 0 for step in steps)"),
+    Mutant("values take the keys' place", "attention", "return q.chunk(3, 2) if",
+           "return [q.chunk(3, 2)[i] for i in (0, 1, 1)] if"),
+    Mutant("descriptors of unaligned rows", "attention", "step % 16 == 0 for step in steps)",
+           "step % 4 == 0 for step in steps)"),
     Mutant("the last document ends early", "attention", "(0, 1), value=T)", "(0, 1), value=T - 1)"),
     # --- attention, backward
     Mutant("delta in half precision", "_attention", "tl.sum(do_tile.to(tl.float32) * o.to(tl.float32), 1)",

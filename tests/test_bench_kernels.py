@@ -23,6 +23,7 @@ SMALL = {
     "add_layer_norm": {"M": 4, "N": 8},
     "bias_gelu": {"M": 4, "N": 8},
     "causal_attention": {"B": 2, "H": 2, "T": 16, "D": 8},
+    "causal_attention_qkv": {"B": 2, "H": 2, "T": 16, "D": 8},
     "cross_entropy": {"M": 6, "V": 30, "ignored": 0.3},
     "decode_attention": {"B": 3, "H": 2, "S": 12, "D": 8, "full": True},
     "layer_norm": {"M": 4, "N": 8},

@@ -14,6 +14,7 @@ from kernels import (
     attention_dropout_mask,
     bias_gelu,
     causal_attention,
+    causal_attention_qkv,
     document_bounds,
     layer_norm,
     residual_dropout_mask,
@@ -33,7 +34,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16] if HAS_CUDA else [torch.
 CASES = [pytest.param(name, i, id=f"{name}-{i}") for name, spec in SPECS.items() for i in range(len(spec.cases))]
 # The interpreter takes seconds for each of attention's: the first two are in the quick suite.
 FAMILY_CASES = [
-    pytest.param(name, i, id=f"{name}-{i}", marks=[pytest.mark.slow] * (name == "causal_attention" and i > 1))
+    pytest.param(name, i, id=f"{name}-{i}", marks=[pytest.mark.slow] * (name.startswith("causal_attention") and i > 1))
     for name, spec in SPECS.items()
     for i in range(len(spec.cases))
 ]
@@ -493,6 +494,8 @@ def test_no_dropout_is_bitwise_the_plain_kernel(device):
         (lambda: causal_attention(torch.zeros(2, 3, 12), 2, documents=torch.zeros(2, 3)), "must be integers"),
         (lambda: causal_attention(torch.zeros(2, 3, 12), 2, documents=torch.zeros(2, 3, 3).long()), "must be integers"),
         (lambda: document_bounds(torch.zeros(2, 3)), "must be .* integers"),
+        (lambda: causal_attention_qkv(*torch.zeros(2, 1, 3, 2, 4), torch.zeros(1, 3, 2, 8)), "must be alike"),
+        (lambda: causal_attention_qkv(*torch.zeros(2, 1, 3, 2, 4), torch.zeros(1, 3, 2, 4).half()), "must be alike"),
         (lambda: add_layer_norm(torch.zeros(2, 3), torch.zeros(3), torch.zeros(3)), "must be alike"),
         (lambda: add_layer_norm(torch.zeros(2, 3), torch.zeros(2, 3).half(), torch.zeros(3)), "must be alike"),
         (lambda: add_layer_norm(*torch.zeros(2, 2, 3), torch.zeros(4)), r"weight \(4,\)"),
