@@ -15,6 +15,7 @@ from .add_layer_norm import add_layer_norm, linear_add_layer_norm, residual_drop
 from .attention import attention_dropout_mask, causal_attention, causal_attention_qkv, document_bounds
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
+from .embedding import embedding
 from .gelu import bias_gelu, linear_gelu
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy, lm_logits
@@ -29,6 +30,7 @@ __all__ = [
     "cross_entropy",
     "decode_attention",
     "document_bounds",
+    "embedding",
     "gpu_problem",
     "launch_tables",
     "layer_norm",

@@ -27,6 +27,7 @@ SMALL = {
     "causal_attention_qkv": {"B": 2, "H": 2, "T": 16, "D": 8},
     "cross_entropy": {"M": 6, "V": 30, "ignored": 0.3},
     "decode_attention": {"B": 3, "H": 2, "S": 12, "D": 8, "full": True},
+    "embedding": {"B": 2, "T": 3, "V": 5, "C": 8},
     "layer_norm": {"M": 4, "N": 8},
     "linear_cross_entropy": {"M": 6, "C": 8, "V": 30},
 }

@@ -16,6 +16,7 @@ from kernels import (
     causal_attention,
     causal_attention_qkv,
     document_bounds,
+    embedding,
     layer_norm,
     residual_dropout_mask,
     use_backend,
@@ -478,6 +479,22 @@ def test_no_dropout_is_bitwise_the_plain_kernel(device):
         assert torch.equal(causal_attention(qkv, 2, dropout_p=0.0, seed=9), causal_attention(qkv, 2))
 
 
+# --- embedding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 2**40])
+def test_embedding_of_an_unknown_token_is_nan(bad, device):
+    """Nothing else is: its row of the table is not read, and nobody else's gets its gradient."""
+    idx = torch.tensor([[0, 4, bad, 4]], device=device)
+    wide = torch.full((9, 8), 3.0, device=device)  # numbers before the table and after it
+    wte, wpe = wide[2:7].requires_grad_(), torch.zeros(4, 8, device=device)
+    with use_backend("triton"):
+        y = embedding(idx, wte, wpe)
+        (gradient,) = torch.autograd.grad(y, wte, torch.ones_like(y))
+    assert y.isnan().all(-1).tolist() == [[False, False, True, False]] and (y[~y.isnan()] == 3.0).all()
+    assert gradient[:, 0].tolist() == [1.0, 0.0, 0.0, 0.0, 2.0]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -504,6 +521,8 @@ def test_no_dropout_is_bitwise_the_plain_kernel(device):
             lambda: add_layer_norm(*torch.zeros(2, 2, 3), torch.zeros(3), x_bias=torch.zeros(2)),
             r"x_bias must be \(3,\)",
         ),
+        (lambda: embedding(torch.zeros(2, 3).long(), torch.zeros(5, 4), torch.zeros(2, 4)), r"got \(2, 3\)"),
+        (lambda: embedding(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(3, 4)), "int32"),
         (lambda: bias_gelu(torch.zeros(2, 3), torch.zeros(4)), r"got \(4,\)"),
         (lambda: bias_gelu(torch.zeros(2, 3), approximate="erf"), "approximate"),
     ],
