@@ -8,6 +8,8 @@ from ._backend import use_backend
 from ._compile import no_compilation
 from ._dispatch import check_backend
 from ._machine import gpu_problem
+from ._proof import prove
+from ._registry import Case, Draw, KernelSpec
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention
 from .cross_entropy import cross_entropy
@@ -17,6 +19,9 @@ from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy, lm_logits
 
 __all__ = [
+    "Case",
+    "Draw",
+    "KernelSpec",
     "add_layer_norm",
     "attention_dropout_mask",
     "bias_gelu",
@@ -30,6 +35,7 @@ __all__ = [
     "linear_gelu",
     "lm_logits",
     "no_compilation",
+    "prove",
     "residual_dropout_mask",
     "use_backend",
 ]

@@ -14,7 +14,8 @@ from ._backend import device_problem
 from ._check import check, describe
 from ._dispatch import kernel_problem
 from ._machine import this_device
-from ._registry import all_specs
+from ._proof import trial
+from ._registry import all_specs, load_spec
 from ._triton import HAS_TRITON, INTERPRET
 
 
@@ -27,7 +28,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     sub = commands.add_parser("check", help="prove every kernel on this machine against float64")
-    sub.add_argument("--op", nargs="+", choices=list(all_specs()), default=list(all_specs()), help="kernels to prove")
+    sub.add_argument("file", nargs="?", type=Path, help="Python file with a kernel of your own: only that is proven")
+    sub.add_argument("--op", nargs="+", choices=list(all_specs()), help="kernels to prove; default: all")
     sub.add_argument(
         "--dtype", nargs="+", choices=["float32", "float16", "bfloat16"], help="default: all that run here"
     )
@@ -67,12 +69,24 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"the kernels cannot run here: {problem}")
     if INTERPRET and "bfloat16" in (args.dtype or []):
         return _fail("bfloat16 is silently wrong in Triton's interpreter: prove it on a GPU")
+    specs = all_specs()
+    if args.file is not None:
+        try:
+            spec = load_spec(args.file)
+            launched = trial(spec, device)
+        except ValueError as error:
+            return _fail(f"{args.file}: {error}")
+        specs = {spec.name: spec}
     print("\n".join(describe()), flush=True)
+    if args.file is not None:
+        print(f"{spec.name} of {args.file} launches {', '.join(launched)}", flush=True)
     # NumPy warns about the infinities that pass through interpreted kernels by design.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     default = ["float32", "float16"] if INTERPRET else ["bfloat16", "float16", "float32"]
     names = args.dtype or (default[:1] if args.quick else default)
-    result = check(args.op, [getattr(torch, name) for name in names], device, quick=args.quick)
+    result = check(
+        args.op or list(specs), [getattr(torch, name) for name in names], device, specs=specs, quick=args.quick
+    )
     if args.json is not None:
         try:
             args.json.write_text(json.dumps(result.as_dict(), indent=1))

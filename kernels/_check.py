@@ -1,7 +1,7 @@
 """The check of `python -m kernels check`: every kernel, in every family of cases, against float64 on this machine."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import _machine
 from ._backend import device_problem
 from ._machine import this_device
-from ._proof import FAMILIES, Comparison, prove_family
-from ._registry import Case, all_specs
+from ._proof import FAMILIES, Comparison, Refused, prove_family
+from ._registry import Case, KernelSpec, all_specs
 
 
 def describe() -> list[str]:
@@ -94,15 +94,17 @@ def check(
     dtypes: list[torch.dtype],
     device: torch.device,
     *,
+    specs: Mapping[str, KernelSpec] | None = None,
     quick: bool = False,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> CheckResult:
     """Prove kernels on a device in every family of cases, with a progress bar on a terminal.
 
-    quick: only the first case of each kernel. out_of_time: asked before each case; the rest is skipped once it returns
+    specs: where the names in ops are found, the registry by default. quick: only the first case of each kernel.
+    out_of_time: asked before each case; the rest is skipped once it returns
     True, which is why a family goes through all kernels before the next one starts.
     """
-    specs = all_specs()
+    specs = all_specs() if specs is None else specs
     jobs = [
         (specs[name], dtype, family, case)
         for family in FAMILIES
@@ -133,7 +135,8 @@ def check(
             try:
                 results = list(prove_family(family, spec, case, dtype, device))
             except Exception as error:  # a kernel that cannot run has failed, and the others still get their turn
-                wrong = [f"{job} {_case_text(case)}: {type(error).__name__}: {error}"]
+                kind = "refused" if isinstance(error, Refused) else type(error).__name__
+                wrong = [f"{job} {_case_text(case)}: {kind}: {error}"]
             else:
                 comparisons += results
                 wrong = [

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._foreign import intercepted
 from ._triton import triton
 
 
@@ -29,15 +30,17 @@ _assumed_sms: int | None = None
 
 @contextlib.contextmanager
 def record_launches(arch: int | None = None, sms: int | None = None) -> Iterator[list[Launch]]:
-    """Inside the block launches are written down and not run: outputs hold whatever memory held.
+    """Inside the block launches are written down and not run, those by kernel[grid](...) too: outputs hold whatever
+    memory held.
 
     arch: the launch tables of that architecture are used, as in `assume_arch`. sms: its streaming multiprocessors.
     """
     global _recorded, _assumed_sms
-    previous, _recorded, _assumed_sms = (_recorded, _assumed_sms), [], sms
+    recorded: list[Launch] = []
+    previous, _recorded, _assumed_sms = (_recorded, _assumed_sms), recorded, sms
     try:
-        with assume_arch(arch):
-            yield _recorded
+        with assume_arch(arch), intercepted(lambda *launched: recorded.append(Launch(*launched))):
+            yield recorded
     finally:
         _recorded, _assumed_sms = previous
 
