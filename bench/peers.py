@@ -185,10 +185,11 @@ def providers(
             missing.setdefault("triton", problem)
         else:
             functions["triton"] = _under("triton", spec.fn)
+    eager = _proof.function(spec, "eager")
     if "eager" in wanted:
-        functions["eager"] = _under("eager", spec.fn)
+        functions["eager"] = _under("eager", eager)
     if "compile" in wanted:
-        functions["compile"] = _under("eager", torch.compile(spec.fn, dynamic=False))
+        functions["compile"] = _under("eager", torch.compile(eager, dynamic=False))
     for peer in PEERS:
         if peer.op != spec.name or peer.provider not in wanted:
             continue

@@ -1,4 +1,4 @@
-"""Launches that do not go through `launch`: kernel[grid](...) in somebody else's code, seen where Triton starts them."""
+"""Launches that do not go through `launch`: kernel[grid](...) in somebody else's code, seen where Triton starts."""
 
 import contextlib
 from collections.abc import Callable, Iterator
