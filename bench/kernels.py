@@ -25,7 +25,9 @@ from bench import command, memory, peers, roofline, timing, watch
 from bench.record import CONTROL, Report, Row, dtype_name
 from bench.roofline import Roofs
 from kernels import _proof
+from kernels._foreign import judges, replaced
 from kernels._registry import Case, KernelSpec, all_specs
+from model.cli import UserError
 
 Mode = Literal["forward", "backward", "both"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "both")
@@ -94,7 +96,10 @@ class Kernels(command.Timed):
     def groups(self, device: torch.device, report: Report) -> Iterator[list[Row]]:
         roofs = roofline.measure(device, self._dtypes(device))
         report.method |= {"roofs": roofs.as_dict(), "peers": peers.NOTES}
-        return self.run(device, report, roofs, part=slice(1 if self.quick else None))
+        before = judges("kernels", "bench")
+        yield from self.run(device, report, roofs, part=slice(1 if self.quick else None))
+        if name := replaced(before):
+            raise UserError(f"{self.file} replaces {name}, on which its time relies: no time above is to be believed")
 
     def _specs(self) -> list[KernelSpec]:
         if self.file:

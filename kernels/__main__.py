@@ -13,6 +13,7 @@ import torch
 from ._backend import device_problem
 from ._check import check, describe
 from ._dispatch import kernel_problem
+from ._foreign import judges, replaced
 from ._machine import this_device
 from ._proof import trial
 from ._registry import all_specs, load_spec
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"the kernels cannot run here: {problem}")
     if INTERPRET and "bfloat16" in (args.dtype or []):
         return _fail("bfloat16 is silently wrong in Triton's interpreter: prove it on a GPU")
-    specs = all_specs()
+    specs, before = all_specs(), judges(__package__ or "")
     if args.file is not None:
         try:
             spec = load_spec(args.file)
@@ -87,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     result = check(
         args.op or list(specs), [getattr(torch, name) for name in names], device, specs=specs, quick=args.quick
     )
+    if name := replaced(before):
+        return _fail(f"{args.file} replaces {name}, on which the check relies")
     if args.json is not None:
         try:
             args.json.write_text(json.dumps(result.as_dict(), indent=1))

@@ -1,8 +1,12 @@
-"""Launches that do not go through `launch`: kernel[grid](...) in somebody else's code, seen where Triton starts."""
+"""Somebody else's code: its launches that do not go through `launch`, and whether it replaced what judges it."""
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from ._triton import HAS_TRITON, INTERPRET
 
@@ -41,3 +45,16 @@ def intercepted(seen: Seen) -> Iterator[None]:
         yield
     finally:
         kind.run, Autotuner.run = previous
+
+
+def judges(*packages: str) -> dict[tuple[Any, str], Any]:
+    """The functions that a measurement relies on, by owner and name: clocks, tensors, and the modules of packages."""
+    modules = [m for name, m in sys.modules.items() if name.split(".")[0] in packages]
+    owners: list[Any] = [time, torch.Tensor, torch.cuda.Event, *modules]
+    return {(owner, name): value for owner in owners for name, value in [*vars(owner).items()] if callable(value)}
+
+
+def replaced(before: dict[tuple[Any, str], Any]) -> str | None:
+    """The name of the first function of `judges` that is not what it was, or None."""
+    changed = (f"{o.__name__}.{name}" for (o, name), value in before.items() if vars(o).get(name) is not value)
+    return next(changed, None)

@@ -13,6 +13,7 @@ addresses. It always runs before its oracle, so that no memory holds an answer y
 
 import contextlib
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -106,10 +107,13 @@ def evaluate(
     incoming: Mapping[str, Tensor] | None,
     backend: Backend,
     fn: Callable[..., Any] | None = None,
+    *,
+    again: bool = False,
 ) -> dict[str, Tensor]:
     """Every output by its name and, as "d" + name, the gradient of every differentiable input.
 
-    incoming: the gradient that arrives at each output, by name; None runs forward only.
+    incoming: the gradient that arrives at each output, by name; None runs forward only. again: the gradients are those
+    of a second backward pass over the same forward pass.
     Refused for an output that is no plain tensor: it could put off its work until somebody looks.
     """
     leaves = {}
@@ -127,7 +131,10 @@ def evaluate(
                 raise Refused(f"{name} is a {type(y).__name__}: an output must be a plain torch.Tensor")
         if leaves:
             assert incoming is not None
-            gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), list(incoming.values()))
+            graph = list(outputs.values()), list(leaves.values()), list(incoming.values())
+            if again:
+                torch.autograd.grad(*graph, retain_graph=True)
+            gradients = torch.autograd.grad(*graph)
             outputs |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return {name: value.detach() for name, value in outputs.items()}
 
@@ -190,10 +197,10 @@ def _compared(
 def launched(spec: KernelSpec, case: Case, dtype: torch.dtype) -> None:
     """Call the kernel as every family below does, inside record_launches: in each layout, forward and backward."""
     drawn = spec.inputs(case, dtype, torch.device("cpu"))
-    for layout in (_plain, *LAYOUTS.values()):
-        inputs = _each(layout, drawn)
+    for layout in (lambda: _plain, *LAYOUTS.values()):
+        inputs = _each(arranged := layout(), drawn)
         outputs = _each(_plain, evaluate(spec, inputs, None, "triton"))
-        evaluate(spec, inputs, _each(layout, outputs), "triton")
+        evaluate(spec, inputs, _each(arranged, outputs), "triton")
 
 
 # --- layouts and numbers ---------------------------------------------------------------------------------------------
@@ -225,11 +232,18 @@ def _expanded(t: Tensor) -> Tensor:
     return t[:1].expand(t.shape) if t.ndim and len(t) else t
 
 
-LAYOUTS: dict[str, Transform] = {
-    "transposed": _transposed,
-    "sliced": _sliced,
-    "columns_sliced": _columns_sliced,
-    "expanded": _expanded,
+def in_turn(*layouts: Transform) -> Transform:
+    """Another layout for each tensor, so that no two that are alike in shape have the same strides."""
+    turn = itertools.cycle(layouts)
+    return lambda t: next(turn)(t)
+
+
+LAYOUTS: dict[str, Callable[[], Transform]] = {  # made anew for each run
+    "transposed": lambda: _transposed,
+    "sliced": lambda: _sliced,
+    "columns_sliced": lambda: _columns_sliced,
+    "expanded": lambda: _expanded,
+    "mixed": lambda: in_turn(_transposed, _plain, _sliced, _columns_sliced),
 }
 VALUES: dict[str, Callable[[KernelSpec, Tensor], Tensor]] = {
     "large": lambda spec, t: spec.large * t,
@@ -280,7 +294,7 @@ def _count(spec: KernelSpec, case: Case, dtype: torch.dtype, name: str, wrong: i
 
 def _layouts(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     for name, layout in LAYOUTS.items():
-        for row in prove(spec, case, dtype, device, layout=layout):
+        for row in prove(spec, case, dtype, device, layout=layout()):
             yield replace(row, case={**case, "layout": name})
 
 
@@ -291,12 +305,12 @@ def _values(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.devi
 
 
 def _repeats(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    """A second run gives the same bits in memory of its own, the inputs are unchanged, and other numbers in the same
-    memory give other results."""
+    """A second run, its backward pass run twice, gives the same bits in memory of its own, the inputs are unchanged,
+    and other numbers in the same memory give other results."""
     inputs = spec.inputs(case, dtype, device)
     dy = incoming_gradients(spec, inputs, seed=1)
     before = {**_each(_plain, inputs), **_each(_plain, dy)}
-    first, second = (evaluate(spec, inputs, dy, "triton") for _ in range(2))
+    first, second = (evaluate(spec, inputs, dy, "triton", again=again) for again in (False, True))
     refuse_shared(second, {"an input": inputs, "an incoming gradient": dy, "the result of the call before": first})
     for name in first:
         yield _count(spec, case, dtype, f"{name} again", int((first[name] != second[name]).sum()))

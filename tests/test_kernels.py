@@ -53,11 +53,18 @@ def test_output_and_every_gradient(name, index, dtype, device):
     _assert_proved(prove_family("shapes", SPECS[name], SPECS[name].cases[index], dtype, device))
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "shapes"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("shapes", "far")])
 @pytest.mark.parametrize("name, index", FAMILY_CASES)
 def test_every_family_of_cases(name, index, family, device):
     """Other layouts, other numbers, equal bits a second time, and no touch beyond the buffers."""
     _assert_proved(prove_family(family, SPECS[name], SPECS[name].cases[index], torch.float32, device))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_far_addresses(name, device):
+    rows = [row for case in SPECS[name].cases for row in prove_family("far", SPECS[name], case, torch.float16, device)]
+    _assert_proved(rows if rows or not HAS_CUDA else pytest.skip("needs more memory"))
+    assert not list(prove_family("far", SPECS[name], SPECS[name].cases[0], torch.float32, device))
 
 
 @pytest.mark.parametrize("name", HALF_NAMES)
