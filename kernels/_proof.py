@@ -446,13 +446,22 @@ def trial(spec: KernelSpec, device: torch.device) -> list[str]:
     if wrong := [name for name in spec.grads if name not in inputs]:
         raise ValueError(f"grads names {wrong[0]!r}, and make_inputs returns only {', '.join(inputs)} {where}")
 
-    def reference() -> None:
-        evaluate(spec, inputs, incoming_gradients(spec, inputs, 1), "eager")
-
-    _, launched = attempt("eager", reference)
+    dy, _ = attempt("eager", lambda: incoming_gradients(spec, inputs, 1))
+    eager, launched = attempt("eager", lambda: evaluate(spec, inputs, dy, "eager"))
     if launched:
         raise Refused(f"the reference launches {launched[0]}: give KernelSpec an eager=... made of PyTorch's operators")
-    _, launched = attempt("fn", lambda: evaluate(spec, inputs, None, "triton"))
-    if not launched:
-        raise Refused(f"fn launches no Triton kernel {where}: there is nothing to prove")
+    with guarded_memory():
+        got, launched = attempt("fn", lambda: evaluate(spec, inputs, None, "triton"))
+        for name, y in got.items():
+            if y.shape != eager[name].shape or y.dtype != eager[name].dtype:
+                what = (
+                    f"{y.dtype} {tuple(y.shape)}, and the reference's is {eager[name].dtype} {tuple(eager[name].shape)}"
+                )
+                raise ValueError(f"fn's {name} is {what} {where}")
+        if not launched:
+            raise Refused(f"fn launches no Triton kernel {where}: there is nothing to prove")
+        if all(torch.allclose(y, eager[name], 1e-2, 1e-2) for name, y in got.items()):
+            raise Refused(f"fn gives the same result without its kernels {where}: they are not what would be proven")
+        if spec.grads:
+            launched = attempt("fn", lambda: evaluate(spec, inputs, dy, "triton"))[1]
     return list(dict.fromkeys(launched))

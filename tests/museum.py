@@ -133,7 +133,7 @@ EXHIBITS = (
     _pull("Dao-AILab/flash-attention#2388", "Two kernels address the parts' log-sum-exp by different strides.",
           "decode_attention", (("tl.store(lse_ptr + part, lse)",
                                 "tl.store(lse_ptr + split * tl.num_programs(0) + bh, lse)"),), "shapes", 0),
-    _pull("pytorch/FBGEMM#5754", "Rows without a gradient are skipped, and the buffer was not zeroed: they hold garbage.",
+    _pull("pytorch/FBGEMM#5754", "Rows without a gradient are skipped and hold garbage: the buffer was not zeroed.",
           "cross_entropy",
           (("mask = mask_m[:, None] & (offs_v < V_ROW)[None, :]\n        tl.store(",
             "mask = (mask_m & (t != ignore_index))[:, None] & (offs_v < V_ROW)[None, :]\n        tl.store("),),
@@ -199,11 +199,10 @@ def page() -> str:
     lines = [
         "# A museum of kernel bugs",
         "",
-        f"{len(EXHIBITS)} bugs that were published in issue trackers of other projects, each made again in a kernel",
-        "of this folder by changing a line or two. `python -m kernels check` finds every one, and `tests/test_museum.py`",
-        "shows it: the family in the heading turns red; the kernel as it is, which stands for the repaired one, is green.",
-        "The list is the data of `tests/museum.py`; the families are explained in",
-        "[README.md](README.md#how-a-kernel-is-tested).",
+        f"{len(EXHIBITS)} bugs that were published in issue trackers of other projects, each made again in a kernel of",
+        "this folder by changing a line or two. `python -m kernels check` finds each, which `tests/test_museum.py`",
+        "shows: the family in the heading turns red. The kernel as it is, the repaired one, is green. The list is the",
+        "data of `tests/museum.py`; the families are explained in [README.md](README.md#how-a-kernel-is-tested).",
         "",
     ]
     for family in dict.fromkeys(exhibit.family for exhibit in EXHIBITS):
