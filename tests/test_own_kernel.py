@@ -11,13 +11,15 @@ import torch
 from commands import exit_code
 
 from bench import kernels as bench_kernels
-from bench import timing, watch
+from bench import roofline, timing, watch
 from bench.__main__ import Command
+from bench.record import Report
 from kernels import KernelSpec, _proof
 from kernels import __main__ as command
 from kernels._compile import launches
 from kernels._registry import load_spec
 from kernels._triton import HAS_TRITON, INTERPRET
+from model.cli import UserError
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
 
@@ -270,6 +272,27 @@ def test_wrong_gradient_that_was_timed_is_refused():
 
     for mode in ("backward", "both"):
         assert _timed(Wrong.apply, mode).startswith("what was timed is wrong: dx is off by")
+
+
+ROOFS = roofline.Roofs({2**10: 1e-9}, {})
+
+
+def test_own_kernel_is_in_the_report(file):
+    timed = bench_kernels.Kernels(file=file(), provider=("eager",), mode=("forward",), seconds=1e-4)
+    report = Report.start(CPU)
+    rows = [row for rows in timed.run(CPU, report, ROOFS, part=slice(1)) for row in rows if row.provider == "eager"]
+    assert [row.params["op"] for row in rows] == ["squared_relu"] and rows[0].seconds and rows[0].metrics["bytes"] > 0
+
+
+def test_clock_that_was_replaced_is_named(file, monkeypatch):
+    def run(self, *args, **options):
+        monkeypatch.setattr(timing, "control", lambda device: None)
+        yield []
+
+    monkeypatch.setattr(roofline, "measure", lambda *args: ROOFS)
+    monkeypatch.setattr(bench_kernels.Kernels, "run", run)
+    with pytest.raises(UserError, match="my_kernel.py replaces bench.timing.control, on which its time relies"):
+        list(bench_kernels.Kernels(file=file()).groups(CPU, Report.start(CPU)))
 
 
 def test_bytes_are_those_of_the_tensors_where_the_spec_is_silent():
