@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help train test slow lint format gpu static fuzz mutants faults cuda-trace as-with-gpu llama exchange notebooks notebooks-run clean
+.PHONY: help train test slow lint lint-js format gpu static fuzz mutants faults cuda-trace as-with-gpu llama browser exchange track notebooks notebooks-run clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,10 +19,13 @@ help:
 	@echo "make cuda-trace     run train.py and generation with CUDA graphs on a stand-in for a GPU, under every option"
 	@echo "make as-with-gpu    run the suite as on a machine with a GPU, without what needs it"
 	@echo "make llama          prove the ids of GGUF files in llama.cpp, installed by npm; RUN=runs/first-run proves that run too"
+	@echo "make browser        try the page of model.explore in headless Chromium; CHROMIUM=/path/to/it takes that one"
 	@echo "make exchange       prove that lm-eval and TransformerLens find our numbers on an exported folder"
+	@echo "make track          prove that TensorBoard, Trackio and Weights & Biases get a run's metrics"
 	@echo "make notebooks      open the notebooks in JupyterLab"
 	@echo "make notebooks-run  run the notebooks and save them with their outputs"
 	@echo "make lint           check format, lint and types"
+	@echo "make lint-js        check the JavaScript, by Biome from npm; ARGS=--write mends it"
 	@echo "make format         reformat the source"
 	@echo "make clean          remove .venv and caches"
 	@echo "ARGS=... adds arguments:  make train ARGS='--steps 500'   make test ARGS='-k layer_norm'"
@@ -36,7 +39,7 @@ $(VENV)/.made:
 
 $(VENV)/.with-%: $(VENV)/.made pyproject.toml constraints.txt
 	@echo "installing the pinned packages: $*"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(if $(filter core,$*),,[$*])'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[core,$*]'
 	@touch $@
 
 train: $(VENV)/.with-core
@@ -81,8 +84,18 @@ $(LLAMA)/.made-$(LLAMA_VERSION):
 llama: $(VENV)/.with-test $(LLAMA)/.made-$(LLAMA_VERSION)
 	@LLAMA=$(LLAMA) RUN=$(RUN) $(BIN)/python -m pytest -q -m long tests/test_llama.py $(ARGS)
 
+# Chromium as Playwright packs it, in an ignored folder, unless CHROMIUM names another.
+CHROMIUM ?=
+BROWSER := build/browser
+browser: $(VENV)/.with-test,browser
+	@test -n "$(CHROMIUM)" || PLAYWRIGHT_BROWSERS_PATH=$(BROWSER) $(BIN)/python -m playwright install --only-shell chromium
+	@CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -q tests/test_explore_browser.py $(ARGS)
+
 exchange: $(VENV)/.with-test,eval,lens
 	@$(BIN)/python -m pytest -q -m slow tests/test_exchange.py $(ARGS)
+
+track: $(VENV)/.with-test,trackio,wandb
+	@$(BIN)/python -m pytest -q -m 'slow or not slow' tests/test_track.py $(ARGS)
 
 notebooks: $(VENV)/.with-notebooks
 	@$(BIN)/jupyter lab notebooks $(ARGS)
@@ -94,6 +107,20 @@ lint: $(VENV)/.with-lint
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+# Biome, in an ignored folder.
+BIOME := build/biome
+BIOME_VERSION := 2.6.8
+$(BIOME)/.made-$(BIOME_VERSION):
+	@npm install --prefix $(BIOME) --no-save --no-audit --no-fund --loglevel=error @biomejs/biome@$(BIOME_VERSION)
+	@touch $@
+
+lint-js: $(if $(shell command -v npm),$(BIOME)/.made-$(BIOME_VERSION))
+ifeq ($(shell command -v npm),)
+	@echo "the JavaScript is not checked: that needs Node.js, nodejs.org"
+else
+	@cd model/explore && $(CURDIR)/$(BIOME)/node_modules/.bin/biome check --error-on-warnings $(ARGS)
+endif
 
 format: $(VENV)/.with-lint
 	@$(BIN)/ruff check --fix-only --quiet .
@@ -109,4 +136,4 @@ static: $(VENV)/.with-core
 	@$(BIN)/python -m bench static --arch 80 90 100 $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(LLAMA) *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LLAMA) $(BROWSER) $(BIOME) *.egg-info .pytest_cache .ruff_cache .mypy_cache

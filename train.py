@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import check_backend, use_backend
+from kernels import check_backend, launch_tables, use_backend
 from model import checkpoint, data
 from model.cli import UserError, pick_device
 from model.cli import run as run_command
@@ -38,7 +38,7 @@ from model.training import memory, optim, parallel, profiling, run_folder, weigh
 from model.training.deadline import Deadline
 from model.training.failure import Diverged, stop_diverged, torch_errors_as_user_errors
 from model.training.log import Log
-from model.training.options import ALIASES, TrainConfig, default_config, pick_dtype, stored_config
+from model.training.options import ALIASES, Plan, TrainConfig, default_config, pick_dtype, stored_config
 from model.training.parallel import World
 from model.training.run_folder import resume_command
 from model.training.step import Guard, Step
@@ -79,15 +79,16 @@ def set_up_device(cfg: TrainConfig, world: World) -> TrainConfig:
 class Run:
     """A run that is about to train, its folder locked. Every process has one.
 
-    sequences: per step, over all processes. steps: of the whole run, 0 as long as --minutes has not set them. saved:
-    the checkpoint to resume from, None for a new run. to_validate: the run ended between saving that checkpoint and
-    computing its validation loss. base: the model to begin with, or to adapt.
+    sequences: per step, over all processes. steps: of the whole run, 0 as long as --minutes has not set them, as
+    recorded in plan. saved: the checkpoint to resume from, None for a new run. to_validate: the run ended between
+    saving that checkpoint and computing its validation loss. base: the model to begin with, or to adapt.
     """
 
     folder: Path
     tokens: data.TokenData
     sequences: int
     steps: int
+    plan: Plan = ()
     saved: checkpoint.Checkpoint | None = None
     to_validate: bool = False
     base: Base | None = None
@@ -123,7 +124,7 @@ def start_run(cfg: TrainConfig, world: World, stack: contextlib.ExitStack) -> Ru
     # Refuse a text that is too short before the model is built.
     data.get_batch(tokens.train, context=cfg.context, seed=0, step=0, rows=range(1))
     data.windows(tokens.val, cfg.context, batch_size=1)
-    return Run(folder, tokens, cfg.sequences, steps=0 if cfg.minutes else cfg.steps, base=base)
+    return Run(folder, tokens, cfg.sequences, 0 if cfg.minutes else cfg.steps, cfg.plan, base=base)
 
 
 def resume_run(cfg: TrainConfig, world: World, folder: Path, stack: contextlib.ExitStack) -> Run | None:
@@ -135,7 +136,9 @@ def resume_run(cfg: TrainConfig, world: World, folder: Path, stack: contextlib.E
     parallel.barrier(world)  # no process reads while the folder is cleaned
     saved = checkpoint.load(folder, cfg.checkpoint)
     done, val_loss = saved.state["step"], saved.state["val_loss"]
-    steps = stored.steps if cfg.minutes else cfg.steps
+    steps, plan = (stored.steps, stored.plan) if cfg.minutes else (cfg.steps, cfg.plan)
+    if cfg.minutes and steps and not plan:
+        plan = ((1, steps),)  # an older version planned once, and stored no more than the number of steps
     to_validate = val_loss is None and (done % cfg.eval_every == 0 or done == steps)
     if done > steps > 0:
         raise UserError(
@@ -153,7 +156,7 @@ def resume_run(cfg: TrainConfig, world: World, folder: Path, stack: contextlib.E
     if world.rank == 0:
         (folder / SAMPLE).unlink(missing_ok=True)  # it is written when the run is finished
         run_folder.truncate_metrics(folder, done, keep_validation=not to_validate)
-    return Run(folder, tokens, stored.sequences, steps, saved, to_validate, base)
+    return Run(folder, tokens, stored.sequences, steps, plan, saved, to_validate, base)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def resume_run(cfg: TrainConfig, world: World, folder: Path, stack: contextlib.E
 def train(cfg: TrainConfig, world: World, run: Run) -> None:
     """Train from the first step, or from a checkpoint, to the last."""
     config = cfg.gpt_config(run.tokens.tokenizer.n_vocab)
-    cfg = memory.fit_batch(replace(cfg, steps=run.steps), config, world, run.sequences)
+    cfg = memory.fit_batch(replace(cfg, steps=run.steps, plan=run.plan), config, world, run.sequences)
     batch_size = run.sequences // cfg.grad_accum
     needs, limit = memory.memory_model(cfg, config, world)
     with (
@@ -218,12 +221,12 @@ class Trainer:
             self.folder, cfg, self.config, world, sequences=run.sequences, done=self.start_step,
             elapsed_s=saved.state["elapsed_s"] if saved else 0.0, publish=page.write,
         )  # fmt: skip
-        self.set_steps(cfg.steps)
         self.deadline = Deadline(cfg, world, self.log, self.start_step)
+        self.set_steps(cfg.steps, cfg.plan)
 
-    def set_steps(self, steps: int) -> None:
-        """Set the number of steps of the run, also for when it is resumed."""
-        self.cfg = self.log.cfg = replace(self.cfg, steps=steps)
+    def set_steps(self, steps: int, plan: Plan) -> None:
+        """Set the number of steps of the run and how it came about, also for when it is resumed."""
+        self.cfg = self.log.cfg = self.deadline.cfg = replace(self.cfg, steps=steps, plan=plan)
         if self.world.rank == 0:
             run_folder.store_config(self.folder, self.cfg.run_options(), self.config)
 
@@ -253,15 +256,16 @@ class Trainer:
                 self.train_step(idx, targets, step=step, lr=lr)
                 profile_step()
 
-                flags = [*signals.take(), self.deadline.is_measured(step), self.deadline.is_over()]
-                stop, save, measured, over = parallel.any_rank(flags, world)
+                flags = [*signals.take(), self.deadline.is_due(step), self.deadline.is_over()]
+                stop, save, due, over = parallel.any_rank(flags, world)
                 if over:
-                    self.set_steps(self.deadline.end(step, self.cfg.steps))
+                    self.set_steps(self.deadline.end(step, self.cfg.steps), self.cfg.plan)
                 last = step == self.cfg.steps
-                choose = measured and not (stop or last)
-                validate = last or choose or step % cfg.eval_every == 0
-                save |= stop or last or choose or step % cfg.save_every == 0
-                if validate or save or step in (1, self.deadline.first_step) or step % cfg.log_every == 0:
+                due &= not (stop or last)
+                first = due and not self.cfg.plan  # an evaluation and a checkpoint are timed for it
+                validate = last or first or step % cfg.eval_every == 0
+                save |= stop or last or first or step % cfg.save_every == 0
+                if validate or save or due or step in (1, self.deadline.first_step) or step % cfg.log_every == 0:
                     # .item() waits for the device: only for these steps.
                     if self.guard.bad_step > 0:
                         batch = self.rows, self.micro_batch
@@ -273,12 +277,13 @@ class Trainer:
                     self.log.training(step, loss=loss, grad_norm=norm, lr=lr, skipped=int(self.guard.skipped))
                     if save:
                         self.deadline.timed("checkpoint", self.save, step)
-                    if choose and world.device.type == "cuda":
+                    if first and world.device.type == "cuda":
                         self.measure()  # it compiles what the next one is timed without
                     if validate and (last or not stop):  # after a request to stop, the resumed run validates
                         self.deadline.timed("evaluation", self.validate, step)
-                    if choose and not self.is_reached:
-                        self.set_steps(parallel.broadcast(self.deadline.choose_steps(step), world))
+                    if due and not self.is_reached:
+                        plan = parallel.broadcast(self.deadline.plan(step), world)
+                        self.set_steps(plan[-1][1], plan)
                     # The other ranks wait here for what rank 0 does alone, with a timeout of hours.
                     parallel.barrier(world)
                     self.log.restart_clock(step)
@@ -293,6 +298,9 @@ class Trainer:
         cfg, world = self.cfg, self.world
         processes = f", {world.size} processes ({cfg.parallel})" if world.size > 1 else ""
         where = f"{world.device}{processes}, {cfg.dtype}, {cfg.backend} kernels"
+        if world.device.type == "cuda" and cfg.backend != "eager":
+            untimed = "untimed defaults; this GPU's own: python -m kernels tune"
+            print(f"launch tables: {self.log.tables.get('tables', untimed)}")
         print(f"{self.folder} | {weights.describe(self.model)} | {where}")
         print(f"{cfg.data} | {len(self.tokens.train):,} tokens for training, {len(self.tokens.val):,} for validation")
         print(self.memory, flush=True)
@@ -306,11 +314,12 @@ class Trainer:
                 self.model, self.tokens.val, context=cfg.context, batch_size=self.batch_size,
                 max_windows=cfg.eval_windows, world=self.world,
             )  # fmt: skip
-            sample = None
-            if cfg.sample_tokens and (self.world.rank == 0 or cfg.parallel == "fsdp"):  # sharded, all ranks take part
+            val_loss, sample = parallel.broadcast(val_loss, self.world), None
+            wanted = cfg.sample_tokens > 0 and math.isfinite(val_loss)
+            if wanted and (self.world.rank == 0 or cfg.parallel == "fsdp"):  # sharded, all ranks take part
                 _, sample = write_sample(self.model, self.tokens.tokenizer, tokens=cfg.sample_tokens, seed=cfg.seed)
         self.model.refresh_working_weights()
-        return parallel.broadcast(val_loss, self.world), sample
+        return val_loss, sample
 
     def validate(self, step: int) -> None:
         val_loss, sample = self.measure()
@@ -330,11 +339,15 @@ class Trainer:
 
     def save(self, step: int) -> None:
         parts = self.gather_state()
+        # An update can spoil them after a loss and a gradient that were finite.
+        spoilt = not all(t.isfinite().all() for name in checkpoint.WEIGHTS for t in parts.get(name, {}).values())
+        if parallel.any_rank([spoilt], self.world)[0]:
+            raise Diverged(f"the weights are not finite after step {step}", self.folder)
         if self.world.rank == 0:
             checkpoint.save(
                 self.folder, step, parts, config=self.cfg.run_options(), model=self.config,
                 best_val_loss=self.best_val_loss, elapsed_s=self.log.elapsed_s(), keep_last=self.cfg.keep_last,
-                lora=self.lora,
+                lora=self.lora, tables=launch_tables(self.world.device),
             )  # fmt: skip
         self.saved_at = step
 

@@ -1,9 +1,10 @@
 """python -m bench: measure kernels, training, its time to a loss, and generation on this machine; compare reports."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -17,6 +18,7 @@ from bench.quality import Quality
 from bench.record import read_reports
 from bench.static import Static
 from bench.train_step import Train
+from bench.trend import Trend
 from model import cli
 from model.files import write_atomic
 
@@ -28,6 +30,7 @@ class Show:
     files: tyro.conf.Positional[tuple[Path, ...]]  # Reports, or folders that hold some.
     out: Path | None = None  # Folder for report.md and report.html.
     readme: Path | None = None  # Markdown file whose tables between <!-- bench ... --> markers are written anew.
+    format: Literal["markdown", "github-action-benchmark"] = "markdown"  # Of standard output; the latter is JSON.
 
     def main(self) -> None:
         if not self.files:
@@ -42,11 +45,13 @@ class Show:
             command.write_pages([*reports.values()], self.out)
             print(f"{self.out / 'report.md'} and {self.out / 'report.html'}")
         elif not self.readme:
-            print(report.markdown([*reports.values()]))
+            shown = [*reports.values()]
+            as_json = self.format == "github-action-benchmark"
+            print(json.dumps(report.action_entries(shown), indent=1) if as_json else report.markdown(shown))
 
 
 Shown = Annotated[Show, tyro.conf.subcommand("report")]
-Command = Kernels | Train | Quality | Generate | Memory | Static | Gpu | Shown | Compare
+Command = Kernels | Train | Quality | Generate | Memory | Static | Gpu | Shown | Compare | Trend
 
 
 def main(argv: list[str] | None = None) -> None:

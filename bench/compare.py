@@ -11,6 +11,7 @@ their samples show, a side may be several runs: an interval then reaches from th
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -22,8 +23,10 @@ from typing import Literal
 import tyro
 
 from bench import command
+from bench import report as pages
 from bench.record import CONTROL, Report, Row, read_reports
 from model.cli import UserError
+from model.report.pages import Cell, Table
 
 Reports = Sequence[Report]  # the runs of a side
 Key = tuple[str, str, str]
@@ -42,13 +45,15 @@ class Compare:
     threshold: float = 5.0  # Smallest change of time that counts, in percent.
     provider: tuple[str, ...] = ()  # Only these; all of them by default.
     across_devices: bool = False  # Compare reports of different devices too.
+    format: Literal["text", "markdown", "json"] = "text"  # Markdown is what a pull request shows.
 
     def main(self) -> None:
         command.require_positive(threshold=self.threshold)
         a, b = ([*read_reports([path]).values()] for path in (self.a, self.b))
         threshold, across = self.threshold / 100, self.across_devices
         result = compare(a, b, threshold=threshold, providers=self.provider, across_devices=across)
-        print(text(a, b, result, threshold=threshold))
+        show = {"text": text, "markdown": markdown, "json": as_json}[self.format]
+        print(show(a, b, result, threshold=threshold))
         if result.regressed:
             sys.exit(1)
 
@@ -196,6 +201,22 @@ def _is_of(error: Row, row: Row) -> bool:
 
 def text(a: Reports, b: Reports, result: Comparison, *, threshold: float) -> str:
     """The comparison for a terminal or a code block."""
+    lines = _notes(a, b, result)
+    for verdict in ("slower", "faster"):
+        changes = result.of(verdict)
+        lines += ["", f"{verdict} by more than {threshold:.0%}: {len(changes)}", *map(_time_line, changes)]
+    lines += ["", f"fatter: {len(result.fatter)}"]
+    for change in result.fatter:
+        before, after = change.memory  # type: ignore[misc]
+        lines.append(f"  {_name(change.row)}  {before:,.1f} -> {after:,.1f} MiB")
+    if result.lost:
+        lines += ["", f"timed in A, not in B: {len(result.lost)}"]
+        lines += [f"  {_name(row)}  {error}" for row, error in result.lost]
+    return "\n".join([*lines, "", *_rest(result, threshold)])
+
+
+def _notes(a: Reports, b: Reports, result: Comparison) -> list[str]:
+    """What was compared, and how far the machine differed."""
     lines = [f"{name}  {_where(report)}" for name, side in (("A", a), ("B", b)) for report in side]
     drifts = [change.drift for change in result.changes]
     if any(drift != 1.0 for drift in drifts):
@@ -207,21 +228,78 @@ def text(a: Reports, b: Reports, result: Comparison, *, threshold: float) -> str
         lines.append(
             "one run of a side: the intervals lack what differs from process to process (give folders of runs)"
         )
-    for verdict in ("slower", "faster"):
-        changes = result.of(verdict)
-        lines += ["", f"{verdict} by more than {threshold:.0%}: {len(changes)}", *map(_time_line, changes)]
-    lines += ["", f"fatter: {len(result.fatter)}"]
-    for change in result.fatter:
-        before, after = change.memory  # type: ignore[misc]
-        lines.append(f"  {_name(change.row)}  {before:,.1f} -> {after:,.1f} MiB")
-    if result.lost:
-        lines += ["", f"timed in A, not in B: {len(result.lost)}"]
-        lines += [f"  {_name(row)}  {error}" for row, error in result.lost]
+    return lines
+
+
+def _rest(result: Comparison, threshold: float) -> list[str]:
+    """The rows of which there is nothing to say."""
     same, unclear = len(result.of("same")), len(result.of("unclear"))
-    lines += ["", f"no change: {same} rows; too noisy to tell {threshold:.0%}: {unclear} rows"]
+    lines = [f"no change: {same} rows; too noisy to tell {threshold:.0%}: {unclear} rows"]
     if result.only_a or result.only_b:
         lines.append(f"not compared: {result.only_a} rows only in A, {result.only_b} only in B")
-    return "\n".join(lines)
+    return lines
+
+
+HEAD = ["change", "what", "provider", "B / A", "99 % interval", "A", "B"]
+
+
+def cells(result: Comparison) -> list[tuple[Cell, ...]]:
+    """A row of a table for each change, what is worse first, under HEAD."""
+
+    def line(verdict: str, row: Row, mark: str, *rest: Cell) -> tuple[Cell, ...]:
+        ratio, *others = rest
+        return Cell(verdict), Cell(f"{row.kind} {row.group}"), Cell(row.provider), replace(ratio, mark=mark), *others
+
+    def timed(change: Change) -> tuple[Cell, ...]:
+        interval = Cell(f"{change.low:.3f} to {change.high:.3f}")
+        return Cell(f"{change.ratio:.3f}", change.ratio), interval, _ms(change.before), _ms(change.after)
+
+    made = [line("slower", change.row, "loss", *timed(change)) for change in result.of("slower")]
+    for change in result.fatter:
+        before, after = change.memory  # type: ignore[misc]
+        sizes = Cell(f"{before:,.1f} MiB", before), Cell(f"{after:,.1f} MiB", after)
+        made.append(line("fatter", change.row, "loss", Cell(f"{after / before:.3f}", after / before), Cell(""), *sizes))
+    for row, error in result.lost:
+        made.append(line("lost", row, "failed", Cell(""), Cell(""), _ms(row.ms()), Cell(error)))
+    return made + [line("faster", change.row, "win", *timed(change)) for change in result.of("faster")]
+
+
+def _ms(value: float) -> Cell:
+    return Cell(f"{value:.4g} ms", value)
+
+
+def summary(result: Comparison) -> str:
+    """``1 slower, 2 faster``; or that nothing has changed."""
+    counts = {"slower": len(result.of("slower")), "fatter": len(result.fatter), "lost": len(result.lost)}
+    counts["faster"] = len(result.of("faster"))
+    return ", ".join(f"{n} {word}" for word, n in counts.items() if n) or "nothing changed beyond the noise"
+
+
+def markdown(a: Reports, b: Reports, result: Comparison, *, threshold: float) -> str:
+    """The comparison for a pull request."""
+    lines = [f"### Benchmarks: {summary(result)}", ""]
+    if changed := cells(result):
+        title = f"Beyond {threshold:.0%} and the noise"
+        lines += [*pages.markdown_table(Table(title, HEAD, changed, names=3)), ""]
+    notes = [*_notes(a, b, result), *_rest(result, threshold)]
+    return "\n".join([*lines, *(f"- {pages.escape(note)}" for note in notes)])
+
+
+def as_json(a: Reports, b: Reports, result: Comparison, *, threshold: float) -> str:
+    """The comparison for a program: times in ms, memory in MiB, every row that both sides have."""
+    changes = [
+        {"kind": c.row.kind, "group": c.row.group, "provider": c.row.provider, "verdict": c.verdict, "ratio": c.ratio,
+         "low": c.low, "high": c.high, "control_ratio": c.drift, "before_ms": c.before, "after_ms": c.after,
+         "memory_mib": c.memory, "fatter": c.fatter}
+        for c in result.changes
+    ]  # fmt: skip
+    lost = [{"kind": r.kind, "group": r.group, "provider": r.provider, "error": error} for r, error in result.lost]
+    content = {
+        "a": [_where(report) for report in a], "b": [_where(report) for report in b], "threshold": threshold,
+        "noise": result.noise, "regressed": result.regressed, "changes": changes, "lost": lost,
+        "only_a": result.only_a, "only_b": result.only_b,
+    }  # fmt: skip
+    return json.dumps(content, indent=1)
 
 
 def _where(report: Report) -> str:

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from bench import command, peer_models
-from bench.record import CONTROL, Report, Row, dtype_name
+from bench.record import CONTROL, Report, Row
 from bench.timing import Call, Measured, Partial, Refused, clocks, measure
 from kernels import use_backend
 from kernels._backend import Backend
 from kernels._proof import OUTPUT_FACTOR, budget
+from kernels._registry import dtype_name
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
 from model.decoder import Decoder

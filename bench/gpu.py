@@ -14,6 +14,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,19 +26,20 @@ import torch
 from bench import command, peers, roofline
 from bench.generate import Generate
 from bench.kernels import Kernels, proof_failure
-from bench.record import CONTROL, Report, Row, dtype_name
+from bench.record import CONTROL, Report, Row
 from bench.supervise import Budget, Job, supervise
 from bench.train_step import PROVIDERS, Train
-from kernels import _check
+from kernels import _check, _tables, _tune
 from kernels._backend import device_problem
 from kernels._compile import check_launches, compile_launch, launches, unique
 from kernels._launch import arch_of, sm_count
-from kernels._registry import KernelSpec, all_specs
+from kernels._registry import KernelSpec, all_specs, dtype_name
 from model.cli import UserError
 from model.files import write_atomic
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-COMPILE_SHARE, PROOF_SHARE = 0.25, 0.35  # of the time left, at most: a borrowed GPU is for the measurements too
+# Of the time left, at most: a borrowed GPU is for the measurements too.
+TUNE_SHARE, COMPILE_SHARE, PROOF_SHARE = 0.2, 0.25, 0.35
 CHECK = "the check of the kernels"
 NO_ROOFS = roofline.Roofs({1: 0.0}, {})  # where they could not be measured: no share of a floor
 
@@ -47,7 +49,9 @@ class Gpu:
     """Proof and measurements on this machine's GPU inside a budget, in one folder: what `make gpu` runs."""
 
     minutes: float = 8.0  # The budget; what it has no time for is named, the least important first.
-    out: Path | None = None  # Folder for report.{json,md,html} and check.json; runs/gpu-<date>-<time> by default.
+    out: Path | None = (
+        None  # Folder for report.{json,md,html}, check.json and tuned.json; runs/gpu-<date>-<time> by default.
+    )
 
     def main(self) -> None:
         command.require_positive(minutes=self.minutes)
@@ -107,14 +111,27 @@ def compile_all(arch: int, sms: int, dtypes: list[torch.dtype], budget: Budget) 
     return done, len(jobs)
 
 
+def tune_kernels(device: torch.device, seconds: float) -> Iterator[_tune.Tuned]:
+    """What `python -m kernels tune --quick` does, within a time; nothing where no kernel declares other options."""
+    targets = _tune.survey(list(all_specs()), DTYPES[:1], arch_of(device), sm_count(device), quick=True)
+    if targets:
+        machine = _tune.Machine(device)
+        yield _tune.tune(machine, targets, _tables.user_file(machine.gpu), quick=True, seconds=seconds)
+
+
 def run_all(report: Report, out: Path, budget: Budget) -> _check.CheckResult:
-    """Proof, then measurements, into out/check.json and out/report.json."""
+    """Launch tables and proof, then measurements, into out/tuned.json, out/check.json and out/report.json."""
     print("\n".join(_check.describe()), flush=True)
     check: list[_check.CheckResult] = []
     roofs: list[roofline.Roofs] = []
 
-    def accept(result: _check.CheckResult | roofline.Roofs | Measured) -> None:
-        if isinstance(result, _check.CheckResult):
+    def accept(result: _tune.Tuned | _check.CheckResult | roofline.Roofs | Measured) -> None:
+        if isinstance(result, _tune.Tuned):
+            print("\n".join(result.report()), flush=True)
+            report.method["tuned"] = result.report()[-1]
+            report.machine["launch_tables"] = result.hash or "defaults"
+            shutil.copyfile(result.table.path, out / "tuned.json")
+        elif isinstance(result, _check.CheckResult):
             check.append(result)
             write_atomic(out / "check.json", json.dumps(result.as_dict(), indent=1) + "\n")
             report.method["check"] = result.line()
@@ -137,12 +154,17 @@ def run_all(report: Report, out: Path, budget: Budget) -> _check.CheckResult:
 
 
 def preparations(budget: Budget) -> list[Job]:
-    """What comes before the measurements: every kernel compiled and proven, and what the device can do."""
+    """What comes before the measurements: launch tables, every kernel compiled and proven, what the device can do."""
     device, left = _device(), budget.left
-    proof = PROOF_SHARE * (1 - COMPILE_SHARE) * left
+    tuning = TUNE_SHARE * left
+    compiling = COMPILE_SHARE * (left - tuning)
+    proof = PROOF_SHARE * (left - tuning - compiling)
+
+    def tune() -> Iterator[Any]:
+        yield from tune_kernels(device, 0.9 * tuning)
 
     def compile_ahead() -> Iterator[Any]:
-        done, cases = compile_all(arch_of(device), sm_count(device), DTYPES, budget.part(COMPILE_SHARE * left))
+        done, cases = compile_all(arch_of(device), sm_count(device), DTYPES, budget.part(compiling))
         print(f"compiled what {done} of {cases} cases launch; {budget.left:.0f} s left", flush=True)
         yield from ()
 
@@ -154,7 +176,8 @@ def preparations(budget: Budget) -> list[Job]:
         yield roofline.measure(device, DTYPES)
 
     return [
-        Job("compiling the kernels", COMPILE_SHARE * left, compile_ahead),
+        Job("choosing launch tables", tuning, tune),
+        Job("compiling the kernels", compiling, compile_ahead),
         Job(CHECK, proof, prove),
         Job("the device's roofs", 20, measure_roofs),
     ]
@@ -226,12 +249,13 @@ def summary(report: Report, result: _check.CheckResult, most: int = 55) -> list[
             groups.setdefault((row.kind, row.group), []).append(row)
     for (kind, group), rows in groups.items():
         own = min((r for r in rows if r.provider.startswith("triton")), key=Row.ms, default=None)
-        best = min((r for r in rows if not r.provider.startswith(("triton", "+"))), key=Row.ms, default=None)
+        best = min((r for r in rows if not r.provider.startswith(("triton", "untuned", "+"))), key=Row.ms, default=None)
         if own:
             other = (
                 f"  best other {best.provider} {best.ms():.3f} ms, {best.ms() / own.ms():.2f} x ours" if best else ""
             )
-            lines.append(f"{kind:<9}{group:<60} {own.provider:<13}{own.ms():9.3f} ms{other}")
+            before = next((f"  untuned {r.ms():.3f} ms" for r in rows if r.provider == "untuned"), "")
+            lines.append(f"{kind:<9}{group:<60} {own.provider:<13}{own.ms():9.3f} ms{before}{other}")
     missing = (f"not here: {name}: {reason}" for name, reason in report.missing.items())
     dropped = [*(f"dropped: {name}" for name in report.dropped), *missing]
     room = most - len(lines)

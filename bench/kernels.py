@@ -22,11 +22,12 @@ from torch import Tensor
 from torch._functorch import config as autograd_config
 
 from bench import command, memory, peers, roofline, timing, watch
-from bench.record import CONTROL, Report, Row, dtype_name
+from bench.record import CONTROL, Report, Row
 from bench.roofline import Roofs
 from kernels import _proof
 from kernels._foreign import judges, replaced
-from kernels._registry import Case, KernelSpec, all_specs
+from kernels._registry import Case, KernelSpec, all_specs, case_text, dtype_name
+from kernels._tables import untuned
 from model.cli import UserError
 
 Mode = Literal["forward", "backward", "both"]
@@ -34,11 +35,6 @@ MODES: tuple[Mode, ...] = ("forward", "backward", "both")
 Gate = Callable[[KernelSpec, torch.dtype], str]
 
 _CPU_SHARE, _CPU_FLOPS = 64, 2**34
-
-
-def case_text(case: Case) -> str:
-    """A case as reports show it: ``B=64 H=12 T=1024 D=64``."""
-    return " ".join(f"{k}={v}" for k, v in case.items() if k != "why")
 
 
 def cpu_case(spec: KernelSpec, case: Case) -> Case | None:
@@ -64,9 +60,12 @@ def cases(spec: KernelSpec, device: torch.device) -> list[Case]:
 def proof_failure(spec: KernelSpec, dtype: torch.dtype, device: torch.device) -> str:
     """Why a kernel must not be timed, or "": its proof on all its cases, here and now."""
     try:
-        wrong = sum(not row.passed for case in spec.cases for row in _proof.prove(spec, case, dtype, device))
+        passed = [row.passed for case in spec.cases for row in _proof.prove(spec, case, dtype, device)]
     except Exception as error:
         return f"not timed: its proof ends in {timing.error_line(error)}"
+    if not passed:
+        return "not timed: its proof compares nothing"
+    wrong = passed.count(False)
     return f"not timed: {wrong} comparisons with float64 fail (python -m kernels check)" if wrong else ""
 
 
@@ -128,6 +127,7 @@ class Kernels(command.Timed):
                 if "triton" in functions and (reason := gate(spec, dtype)):
                     yield [Row("kernels", {"op": spec.name, "dtype": dtype_name(dtype)}, "triton", error=reason)]
                     del functions["triton"]
+                    functions.pop("untuned", None)
                 for case in chosen if functions else ():  # without a name, a case is freed before the next is drawn
                     yield from _Case(spec, case, dtype, device, functions, roofs, self.seconds).run(self._modes(spec))
 
@@ -196,8 +196,16 @@ class _Case:
 
     def _maker(self, provider: str, fn: peers.Function, mode: str) -> timing.Maker:
         copies = (self.spec.name, provider) in peers.OVERWRITES
-        watched = provider == "triton"
-        return lambda: make_call(self.spec, self.inputs, fn, mode, copies=copies, watched=watched)
+        if provider != "untuned":
+            watched = provider == "triton"
+            return lambda: make_call(self.spec, self.inputs, fn, mode, copies=copies, watched=watched)
+
+        def make_untuned() -> timing.Call:  # the backward pass, too
+            with untuned():
+                call = make_call(self.spec, self.inputs, fn, mode)
+            return untuned()(call)
+
+        return make_untuned
 
     def _floor(self, mode: str) -> float:
         return self.roofs.floor(_of_mode(*self.moved, mode), _of_mode(*self.spec.flops(self.case), mode), self.dtype)

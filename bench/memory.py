@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench import command
-from bench.record import Report, Row, dtype_name
+from bench.record import Report, Row
 from bench.timing import error_line
 from kernels import use_backend
 from kernels._backend import device_problem
+from kernels._registry import dtype_name
 from kernels._triton import INTERPRET
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT

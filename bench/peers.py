@@ -1,5 +1,6 @@
 """The other implementations of an operator: PyTorch, and packages that people install for it.
 
+    untuned             our kernels by their default launch options, where this GPU has a table of its own
     eager, compile      PyTorch's operators through our functions; the same under torch.compile
     sdpa_*, sdpa, flex  PyTorch's attention by a backend of choice
     liger, cce, fla     Liger-Kernel 0.8, Cut Cross-Entropy 25.1, Flash Linear Attention 0.5, where they are installed
@@ -25,12 +26,13 @@ from bench.timing import error_line
 from kernels import _proof, use_backend
 from kernels._backend import Backend, device_problem
 from kernels._registry import KernelSpec
+from kernels._tables import launch_tables
 from kernels._triton import INTERPRET
 
 Function = Callable[..., Any]
 Tensors = Mapping[str, Tensor]
 
-OURS = ("triton", "eager", "compile")
+OURS = ("triton", "untuned", "eager", "compile")
 NOTES = {
     "eager decode_attention": "on a GPU it cleans the whole cache, because it may not look at the lengths",
     "liger cross_entropy": "it writes the gradient into the logits, so that each call finds that of the one before",
@@ -137,8 +139,10 @@ def _fla_attention(f: Function, qkv: Tensor, n_head: int) -> Tensor:
     return f(*qkv.unflatten(-1, (3, n_head, -1)).unbind(2)).flatten(2)  # from (B, T, H, D) each
 
 
-def _fla_add_norm(f: Function, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Any:
-    return f(x, weight, bias, residual=residual, prenorm=True)
+def _fla_add_norm(
+    f: Function, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None
+) -> Any:
+    return f(x if x_bias is None else x + x_bias, weight, bias, residual=residual, prenorm=True)
 
 
 PEERS = (
@@ -185,6 +189,11 @@ def providers(
             missing.setdefault("triton", problem)
         else:
             functions["triton"] = _under("triton", spec.fn)
+    if "untuned" in wanted and ("triton" in functions or "untuned" in keep):
+        if launch_tables(device) is not None:
+            functions["untuned"] = _under("triton", spec.fn)  # bench/kernels.py sets the tables aside for it
+        elif "untuned" in keep:
+            missing.setdefault("untuned", "no launch table is in force: python -m kernels tune")
     eager = _proof.function(spec, "eager")
     if "eager" in wanted:
         functions["eager"] = _under("eager", eager)

@@ -6,7 +6,7 @@ Schema 2:
     schema        2
     datetime      UTC, ISO 8601            version       pytest-benchmark's format that `benchmarks` follows
     machine_info  device, versions, threads; on a GPU also compute capability, memory, driver
-    commit_info   id, dirty                of the checkout that ran
+    commit_info   id, dirty, time          of the checkout that ran
     method        how the times were taken; roofs: {"copy": {bytes: seconds}, "flops": {dtype: FLOP/s}}
     missing       provider -> why it could not run
     dropped       what a budget had no time for, in the planned order
@@ -24,7 +24,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 from collections.abc import Iterable
@@ -35,6 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernels._machine import gpu_state, nvidia_smi
+from kernels._tables import launch_tables
 from kernels._triton import HAS_TRITON, triton
 from model.cli import UserError
 from model.files import write_atomic
@@ -192,11 +193,6 @@ def _row(entry: dict[str, Any]) -> Row:
     return Row(extra["kind"], entry["params"], extra["provider"], extra["clock"], seconds, extra["metrics"])
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as the parameters of a row name it: float32."""
-    return str(dtype).removeprefix("torch.")
-
-
 def machine_info(device: torch.device) -> dict[str, Any]:
     """The device, its system and the versions of what runs on it."""
     cuda = device.type == "cuda"
@@ -210,7 +206,7 @@ def machine_info(device: torch.device) -> dict[str, Any]:
         facts |= {
             "compute_capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
             "memory_mib": p.total_memory // 2**20, "cuda": torch.version.cuda,
-            "driver": _nvidia_smi(device, "driver_version"),
+            "driver": nvidia_smi(device, "driver_version"), "launch_tables": launch_tables(device) or "defaults",
         }  # fmt: skip
     return facts
 
@@ -224,9 +220,10 @@ def _cpu_name() -> str:
 
 
 def commit_info() -> dict[str, Any]:
-    """The commit of the checkout that this package lies in, and whether it has changes; None outside a checkout."""
+    """The commit of the checkout that this package lies in, whether there are changes, its date; None outside one."""
     commit = _output("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
-    return {"id": commit.rstrip("+") or None, "dirty": commit.endswith("+")}
+    time = _output("git", "show", "--no-patch", "--format=%cI", "HEAD") or None
+    return {"id": commit.rstrip("+") or None, "dirty": commit.endswith("+"), "time": time}
 
 
 def _output(*command: str) -> str:
@@ -238,17 +235,8 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _nvidia_smi(device: torch.device, query: str) -> str:
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # nvidia-smi may number devices differently
-    chosen = f"--id=GPU-{uuid}" if uuid else f"--id={device.index or 0}"
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", chosen)
-
-
 def machine_state(device: torch.device) -> dict[str, float]:
     """The state of the machine now: clocks, power and temperature of a GPU, the load of a CPU."""
     if device.type == "cpu":
         return {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
-    names = ("sm_mhz", "memory_mhz", "watts", "celsius")
-    values = _nvidia_smi(device, "clocks.sm,clocks.mem,power.draw,temperature.gpu").split(",")
-    pairs = zip(names, values, strict=False)
-    return {name: float(v) for name, v in pairs if re.fullmatch(r"\s*[\d.]+", v)}  # "[N/A]" where a card does not say
+    return gpu_state(device)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import html as entities
 import re
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -143,32 +145,32 @@ def _missing(report: Report, anchor: str) -> Section:
 def markdown(reports: list[Report]) -> str:
     lines = ["# Benchmarks"]
     for i, report in enumerate(reports):
-        lines += ["", f"## {_escape(report.device)}", ""]
-        lines += [f"- {_escape(name)}: {_escape(value)}" for name, value in tables.facts(report)]
+        lines += ["", f"## {escape(report.device)}", ""]
+        lines += [f"- {escape(name)}: {escape(value)}" for name, value in tables.facts(report)]
         if pairs := tables.highlights(report):
-            lines += ["", *(f"- **{_escape(value)}** {_escape(meaning)}" for value, meaning in pairs)]
+            lines += ["", *(f"- **{escape(value)}** {escape(meaning)}" for value, meaning in pairs)]
         for section in sections(report, f"r{i}"):
-            lines += ["", f"{'#' * section.level} {_escape(section.title)}"]
-            lines += [line for note in section.notes if note != _LEGEND for line in ("", _escape(note))]
-            lines += [line for each in section.tables for line in ("", *_markdown_table(each))]
+            lines += ["", f"{'#' * section.level} {escape(section.title)}"]
+            lines += [line for note in section.notes if note != _LEGEND for line in ("", escape(note))]
+            lines += [line for each in section.tables for line in ("", *markdown_table(each))]
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
     spreads = sum(any(row[i].span for row in table.rows) for i in range(len(table.head))) <= _SPREAD_COLUMNS
     rules = ["---" if i < table.names else "---:" for i in range(len(table.head))]
     body = [[_markdown_cell(cell, spreads) for cell in row] for row in table.rows]
-    lines = [f"| {' | '.join(line)} |" for line in ([_escape(name) for name in table.head], rules, *body)]
-    return [f"**{_escape(table.title)}.** {_escape(table.note)}".rstrip(), "", *lines]
+    lines = [f"| {' | '.join(line)} |" for line in ([escape(name) for name in table.head], rules, *body)]
+    return [f"**{escape(table.title)}.** {escape(table.note)}".rstrip(), "", *lines]
 
 
 def _markdown_cell(cell: Cell, spreads: bool) -> str:
     span = f"({cell.span})" if cell.span and spreads else ""
     note = f"{SYMBOLS.get(cell.mark, '')} {cell.note}".strip() if cell.note else ""
-    return _escape(" ".join(filter(None, [cell.text, span, note])))
+    return escape(" ".join(filter(None, [cell.text, span, note])))
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Text that Markdown shows verbatim, on one line."""
     plain = entities.escape(" ".join(text.split()), quote=False)
     outside = "(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # an underscore inside a word has no meaning
@@ -185,6 +187,28 @@ def html(reports: list[Report]) -> str:
     return page(Path(__file__).with_name("report.html.jinja"), reports=shown)
 
 
+def action_entries(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """What github-action-benchmark reads as `customSmallerIsBetter`: the median time of each row, and its peak memory.
+
+    Several runs of one device give the median of theirs. UserError for reports of different devices.
+    """
+    if len(devices := sorted({report.device for report in reports})) > 1:
+        raise UserError(f"the reports are of different devices: {'; '.join(devices)}\nname those of one device")
+    rows: dict[str, list[Row]] = {}
+    for row in (row for report in reports for row in report.rows if row.seconds):
+        rows.setdefault(f"{row.kind} {row.group} [{row.provider}]", []).append(row)
+    versions = {f"{name} {r.machine[name]}" for r in reports for name in ("torch", "triton") if r.machine.get(name)}
+    extra, entries = "\n".join([*devices, *sorted(versions)]), list[dict[str, Any]]()
+    for name, runs in rows.items():
+        median, low, high = (statistics.median(row.ms(p) for row in runs) for p in (50, 20, 80))
+        spread = f"{num(low)} to {num(high)}"
+        entries.append({"name": name, "unit": "ms", "value": float(f"{median:.5g}"), "range": spread, "extra": extra})
+        if peaks := [row.metrics["peak_mib"] for row in runs if "peak_mib" in row.metrics]:
+            peak = round(statistics.median(peaks), 1)
+            entries.append({"name": f"{name}, peak memory", "unit": "MiB", "value": peak, "extra": extra})
+    return entries
+
+
 def readme_tables(reports: Mapping[str, Report]) -> dict[str, str]:
     """The text for each marker of a README. reports: by path relative to the README's folder, for the links."""
     return {f"bench {kind}": _readme_part(reports, kind) for kind in _COMMANDS}
@@ -197,8 +221,8 @@ def _readme_part(reports: Mapping[str, Report], kind: str) -> str:
             on_gpu |= not report.on_cpu
             versions = ", ".join(f"{n} {report.machine[n]}" for n in ("torch", "triton") if report.machine.get(n))
             command = report.method.get("command", _COMMANDS[kind])
-            parts.append(f"{_escape(report.device)}, {_escape(versions)}: `{command}`, [{name}]({name})")
-            parts += ["\n".join(_markdown_table(table)) for table in shown]
+            parts.append(f"{escape(report.device)}, {escape(versions)}: `{command}`, [{name}]({name})")
+            parts += ["\n".join(markdown_table(table)) for table in shown]
     if not parts:
         return NO_REPORT
     return "\n\n".join(parts if on_gpu else [NO_GPU, *parts])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench import timing
-from bench.record import dtype_name
+from kernels._registry import dtype_name
 
 _SMALLEST_COPY, _LARGEST_COPY = 2**16, {"cuda": 2**30, "cpu": 2**28}  # bytes moved
 _SIDES = {"cuda": (2048, 4096, 8192), "cpu": (256, 512, 1024)}  # of the matrices

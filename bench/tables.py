@@ -26,8 +26,8 @@ BUILDS_ON = {
     "triton": "+gelu", "triton+graph": "triton", "trainer": "triton+graph",
 }  # fmt: skip
 _ORDER = (
-    "triton", "triton+graph", *LADDER, "sdpa", "sdpa_full", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math",
-    "flex", "liger", "cce", "cce_exact", "fla", "hf", "hf_static", "hf+liger", "nanogpt",
+    "triton", "untuned", "triton+graph", *LADDER, "sdpa", "sdpa_full", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient",
+    "sdpa_math", "flex", "liger", "cce", "cce_exact", "fla", "hf", "hf_static", "hf+patch", "hf+liger", "nanogpt",
 )  # fmt: skip
 _CLOCKS = ("events", "graph", "wall")
 # Columns of training runs: head, metric, format.
@@ -346,7 +346,10 @@ def facts(report: Report) -> list[tuple[str, str]]:
     """Where, when, with what and how a report was made: (name, value)."""
     m, method, clocks = report.machine, report.method, {row.clock for row in report.rows if row.seconds}
     memory, commit = m.get("memory_mib"), report.commit.get("id")
-    names = ("compute_capability", "multiprocessors", "driver", "cuda", "torch", "triton", "python_version", "system")
+    names = (
+        "compute_capability", "multiprocessors", "driver", "cuda", "torch", "triton", "launch_tables",
+        "python_version", "system",
+    )  # fmt: skip
     pairs = [
         ("device", report.device),
         ("device memory", f"{num(memory)} MiB" if memory else ""),

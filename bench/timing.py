@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from bench.record import CONTROL, Row, machine_state
+from kernels._launch import capturing, on_stream
 
 Call = Callable[[], object]
 Maker = Callable[[], Call]
@@ -142,23 +143,6 @@ def control(device: torch.device) -> Call:
         torch.mm(a, b, out=c)
 
     return call
-
-
-@contextlib.contextmanager
-def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Run on another stream, after the work of the current one, which then waits for it."""
-    current = torch.cuda.current_stream(stream.device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
-
-
-@contextlib.contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
-    """torch.cuda.graph that leaves the current stream as it was after an error, too: PyTorch's stays on `stream`."""
-    with torch.cuda.stream(torch.cuda.current_stream(stream.device)), torch.cuda.graph(graph, stream=stream):
-        yield
 
 
 @contextlib.contextmanager

@@ -13,10 +13,11 @@ All start from the same weights, take the same batch of random tokens, run witho
     trainer        the step of train.py: that, with weights kept in the activations' dtype, clipping inside the
                    optimizer, and guards; on a CPU eager and without a graph
     hf             GPT2LMHeadModel of transformers, attention by SDPA
+    hf+patch       the same after kernels.patch; on a CPU eager
     hf+liger       the same with Liger's LayerNorm and fused linear cross-entropy
     nanogpt        the model.py of a nanoGPT checkout
 
-Weights are float32 for all, and no loss is scaled. In 16 bits ours keeps all activations in that dtype; the last three
+Weights are float32 for all, and no loss is scaled. In 16 bits ours keeps all activations in that dtype; the last four
 run under torch.autocast, as their users run them, which keeps residual stream and LayerNorm in float32.
 
 Each provider is proven by three losses before it is timed: the first, and its fall after two updates, must be those of
@@ -39,9 +40,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import command, peer_models
 from bench.memory import MIB, card_bytes, free_bytes, peak, training_step
-from bench.record import CONTROL, LADDER, Report, Row, dtype_name
-from bench.timing import Call, Maker, Measured, Refused, capturing, clocks, measure, on_stream
-from kernels import use_backend
+from bench.record import CONTROL, LADDER, Report, Row
+from bench.timing import Call, Maker, Measured, Refused, clocks, measure
+from kernels import patch, use_backend
+from kernels._launch import capturing, on_stream
+from kernels._registry import dtype_name
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
 from model.gpt import GPT
@@ -51,7 +54,7 @@ from model.training.optim import adamw, build
 from model.training.parallel import World
 from model.training.step import Guard, Step
 
-PROVIDERS = (*LADDER, "hf", "hf+liger", "nanogpt")
+PROVIDERS = (*LADDER, "hf", "hf+patch", "hf+liger", "nanogpt")
 _NORMS = ("causal_attention", "layer_norm", "add_layer_norm")
 _OURS = {"+attention": _NORMS[:1], "+layer_norm": _NORMS, "+gelu": (*_NORMS, "bias_gelu")}  # which run on Triton
 # Relative, for the first loss and for its fall. Rounding alone differs by 2e-5 and 2e-3 in 16 bits.
@@ -218,6 +221,8 @@ def _model(provider: str, task: _Task) -> tuple[nn.Module, Callable[[], Tensor]]
         theirs, forward = peer_models.nanogpt(model, task.nanogpt), peer_models.nanogpt_loss
     else:
         theirs, forward = peer_models.transformers_gpt2(model), peer_models.transformers_loss
+    if provider == "hf+patch":
+        patch(theirs)
     if provider == "hf+liger":
         peer_models.give_liger_norms(theirs)
         forward = peer_models.liger_loss
@@ -251,7 +256,7 @@ def _trainer(model: nn.Module, task: _Task) -> tuple[Callable[[], Tensor], torch
 
 @contextlib.contextmanager
 def _backend(provider: str, device: torch.device) -> Iterator[None]:
-    on_gpu = provider == "trainer" and device.type == "cuda"
+    on_gpu = provider in ("trainer", "hf+patch") and device.type == "cuda"
     everywhere: Backend = "triton" if provider.startswith("triton") or on_gpu else "eager"
     attention = sdpa_kernel(SDPBackend.MATH) if provider == "plain" else contextlib.nullcontext()
     some: dict[str, Backend] = dict.fromkeys(_OURS.get(provider, ()), "triton")

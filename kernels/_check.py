@@ -1,7 +1,8 @@
 """The check of `python -m kernels check`: every kernel, in every family of cases, against float64 on this machine."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,25 +10,22 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import _machine
+from . import _machine, _tables
 from ._backend import device_problem
 from ._machine import this_device
 from ._proof import FAMILIES, Comparison, Refused, prove_family
-from ._registry import Case, KernelSpec, all_specs
+from ._registry import KernelSpec, all_specs, case_text, dtype_name
+
+
+class NothingCompared(RuntimeError):
+    """A check without a single comparison has proven nothing."""
 
 
 def describe() -> list[str]:
     """What this machine runs, and why, line by line."""
     problem = device_problem("cuda", 0) if this_device().type == "cuda" else None
-    return [*_machine.describe(problem), f"kernels: {', '.join(all_specs())}"]
-
-
-def _case_text(case: Case) -> str:
-    return " ".join(f"{k}={v}" for k, v in case.items() if k != "why")
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    tables = _tables.describe(this_device()) if this_device().type == "cuda" else ()
+    return [*_machine.describe(problem), *tables, f"kernels: {', '.join(all_specs())}"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class CheckResult:
             worst = [max((c for c in group if c.family == name), key=_severity, default=None) for name in FAMILIES]
             cells = "".join(f"{'-' if c is None else format(c.ratio, '.2f'):>9}" for c in worst)
             top = max(group, key=_severity)
-            lines.append(f"{kernel:<22} {_dtype_name(dtype):<9}{cells}  {top.name}: {_case_text(top.case)}")
+            lines.append(f"{kernel:<22} {dtype_name(dtype):<9}{cells}  {top.name}: {case_text(top.case)}")
         return lines
 
     def report(self) -> list[str]:
@@ -74,7 +72,7 @@ class CheckResult:
     def as_dict(self) -> dict[str, Any]:
         """The whole check, JSON-serialisable; schema 1."""
         rows = [
-            {**asdict(c), "case": dict(c.case), "dtype": _dtype_name(c.dtype), "case_dtype": _dtype_name(c.case_dtype),
+            {**asdict(c), "case": dict(c.case), "dtype": dtype_name(c.dtype), "case_dtype": dtype_name(c.case_dtype),
              "passed": c.passed}
             for c in self.comparisons
         ]  # fmt: skip
@@ -89,6 +87,17 @@ def _severity(comparison: Comparison) -> float:
     return float("inf") if comparison.ratio != comparison.ratio else comparison.ratio
 
 
+@contextlib.contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar with the time left, on a terminal only. The function yielded adds so many done, and shows what is next."""
+    columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}")
+    with Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda done, text: progress.update(task, advance=done, description=text)
+
+
 def check(
     ops: list[str],
     dtypes: list[torch.dtype],
@@ -101,8 +110,9 @@ def check(
     """Prove kernels on a device in every family of cases, with a progress bar on a terminal.
 
     specs: where the names in ops are found, the registry by default. quick: only the first case of each kernel.
-    out_of_time: asked before each case; the rest is skipped once it returns
-    True, which is why a family goes through all kernels before the next one starts.
+    out_of_time: asked before each case; the rest is skipped once it returns True, which is why a family goes through
+    all kernels before the next one starts.
+    NothingCompared if there was no comparison, and no case that could not run.
     """
     specs = all_specs() if specs is None else specs
     jobs = [
@@ -116,35 +126,29 @@ def check(
     failures: list[str] = []
     failed: set[tuple[str, torch.dtype]] = set()
     skipped, started = 0, time.perf_counter()
-    columns = (
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(jobs))
+    with progress_bar(len(jobs)) as advance:
         for done, (spec, dtype, family, case) in enumerate(jobs):
             if out_of_time():
                 skipped = len(jobs) - done
                 break
-            job = f"{spec.name} {_dtype_name(dtype)} {family}"
-            progress.update(task, completed=done, description=f"{job} {_case_text(case)}")
+            job = f"{spec.name} {dtype_name(dtype)} {family}"
+            advance(min(done, 1), f"{job} {case_text(case)}")
             try:
                 results = list(prove_family(family, spec, case, dtype, device))
             except Exception as error:  # a kernel that cannot run has failed, and the others still get their turn
                 kind = "refused" if isinstance(error, Refused) else type(error).__name__
-                wrong = [f"{job} {_case_text(case)}: {kind}: {error}"]
+                wrong = [f"{job} {case_text(case)}: {kind}: {error}"]
             else:
                 comparisons += results
                 wrong = [
-                    f"{job} {_case_text(c.case)}: {c.name} is off by {c.error:.3e}, allowed {c.allowed:.3e}"
+                    f"{job} {case_text(c.case)}: {c.name} is off by {c.error:.3e}, allowed {c.allowed:.3e}"
                     for c in results
                     if not c.passed
                 ]
             failures += wrong
             failed |= {(spec.name, dtype)} if wrong else set()
+    if not (comparisons or failures):
+        why = "there was no time for a case" if skipped else "no kernel has a case"
+        raise NothingCompared(f"nothing was compared, so nothing is proven: {why}")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, interpreted"
     return CheckResult(comparisons, failures, failed, skipped, time.perf_counter() - started, where)

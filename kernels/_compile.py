@@ -40,7 +40,7 @@ def no_compilation() -> Iterator[None]:
         knobs.runtime.jit_cache_hook = previous
 
 
-def _few(case: Case) -> Case:
+def few_rows(case: Case) -> Case:
     """A case with few rows that launches the same code."""
 
     def fewer(n: int, most: int) -> int:
@@ -50,15 +50,20 @@ def _few(case: Case) -> Case:
 
 
 def launches(
-    spec: KernelSpec, cases: Iterable[Case], dtype: torch.dtype, arch: int, sms: int | None = None
+    spec: KernelSpec,
+    cases: Iterable[Case],
+    dtype: torch.dtype,
+    arch: int,
+    sms: int | None = None,
+    device: torch.device | None = None,
 ) -> list[Launch]:
-    """The launches of forward and backward on the cases, with the launch tables of sm_<arch>; nothing runs.
+    """The launches of forward and backward on the cases, with the defaults of sm_<arch>; nothing runs.
 
-    sms: multiprocessors of the GPU.
+    sms: multiprocessors of the GPU. device: a GPU, to launch by the tables that were measured on it.
     """
-    with record_launches(arch, sms) as recorded:
+    with record_launches(arch, sms, device) as recorded:
         for case in cases:
-            inputs = spec.inputs(_few(case), dtype, torch.device("cpu"))
+            inputs = spec.inputs(few_rows(case), dtype, torch.device("cpu"))
             outputs = evaluate(spec, inputs, None, "triton")
             evaluate(spec, inputs, outputs, "triton")  # any incoming gradient of the right shape and dtype will do
     return recorded
@@ -145,7 +150,7 @@ def preflight(
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             case = {**spec.bench_cases[0], **widths}
             sms = None if device is None else sm_count(device)
-            recorded = thread.submit(lambda: unique(launches(spec, [case], dtype, arch, sms), arch)).result()
+            recorded = thread.submit(lambda: unique(launches(spec, [case], dtype, arch, sms, device), arch)).result()
         for launch in recorded:
             what = kernel_name(launch)
             compiled = compile_launch(launch, arch)

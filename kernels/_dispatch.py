@@ -41,7 +41,8 @@ def _kernel_problem_traced(name: str, dtype: torch.dtype, device_index: int, **w
 
 
 @torch.compiler.assume_constant_result
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """A RuntimeWarning, once in this process."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -68,7 +69,7 @@ def use_triton(name: str, x: Tensor, unsupported: str | None = None, **widths: A
         return True
     if backend == "triton":
         raise RuntimeError(f"{name}: backend 'triton' was asked for, but {problem}; use 'auto' or 'eager'")
-    _warn_once(f"{name} runs eagerly: {problem}")
+    warn_once(f"{name} runs eagerly: {problem}")
     return False
 
 

@@ -1,4 +1,4 @@
-"""Shared launch helpers: the one call that starts a kernel, row tiles, multiprocessor count."""
+"""Shared launch helpers: the one call that starts a kernel, streams and graphs, row tiles, multiprocessor count."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._foreign import intercepted
-from ._triton import triton
+from ._triton import TensorDescriptor, triton
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,28 @@ class Launch:
 _recorded: list[Launch] | None = None
 _assumed_arch: int | None = None
 _assumed_sms: int | None = None
+_assumed_device: torch.device | None = None
 
 
 @contextlib.contextmanager
-def record_launches(arch: int | None = None, sms: int | None = None) -> Iterator[list[Launch]]:
+def record_launches(
+    arch: int | None = None, sms: int | None = None, device: torch.device | None = None
+) -> Iterator[list[Launch]]:
     """Inside the block launches are written down and not run, those by kernel[grid](...) too: outputs hold whatever
     memory held.
 
-    arch: the launch tables of that architecture are used, as in `assume_arch`. sms: its streaming multiprocessors.
+    arch: the defaults of that architecture are used, as in `assume_arch`. sms: its streaming multiprocessors.
+    device: the GPU that will launch them, with the tables that were measured on it; None: the defaults alone.
     """
-    global _recorded, _assumed_sms
+    global _recorded, _assumed_sms, _assumed_device
     recorded: list[Launch] = []
-    previous, _recorded, _assumed_sms = (_recorded, _assumed_sms), recorded, sms
+    previous, _recorded = (_recorded, _assumed_sms, _assumed_device), recorded
+    _assumed_sms, _assumed_device = sms, device
     try:
         with assume_arch(arch), intercepted(lambda *launched: recorded.append(Launch(*launched))):
             yield recorded
     finally:
-        _recorded, _assumed_sms = previous
+        _recorded, _assumed_sms, _assumed_device = previous
 
 
 @contextlib.contextmanager
@@ -57,13 +62,20 @@ def assume_arch(arch: int | None) -> Iterator[None]:
 
 
 def arch_of(device: torch.device) -> int:
-    """Compute capability of a CUDA device as a number, 90 for 9.0; 80 on a CPU."""
+    """Compute capability of a CUDA device as a number, 90 for 9.0; 90 on a CPU, to interpret what newer GPUs run."""
     if _assumed_arch is not None:
         return _assumed_arch
     if device.type != "cuda":
-        return 80
+        return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def table_device(device: torch.device) -> torch.device | None:
+    """The GPU whose measured launch tables hold for a launch on `device`; None on a CPU and in a static survey."""
+    if _recorded is not None or _assumed_arch is not None:
+        return _assumed_device
+    return device if device.type == "cuda" else None
 
 
 def recording() -> bool:
@@ -72,18 +84,21 @@ def recording() -> bool:
 
 
 def tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
-    """The tensors among the arguments of a launch, those in tuples included, in order."""
+    """The tensors among the arguments of a launch, those in tuples and under descriptors included, in order."""
     for arg in args:
         if isinstance(arg, Tensor):
             yield arg
         elif isinstance(arg, tuple):
             yield from tensors(arg)
+        elif isinstance(arg, TensorDescriptor):
+            yield arg.base
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """kernel[grid](*args, **meta) on the device of the first tensor argument; an empty grid launches nothing.
 
-    args: tensors, numbers, None and tuples of them. meta: the tl.constexpr arguments and num_warps, num_stages.
+    args: tensors, tensor descriptors, numbers, None, and tuples of all but descriptors.
+    meta: the tl.constexpr arguments and num_warps, num_stages.
     """
     if 0 in grid:
         return
@@ -94,6 +109,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     # Triton launches on the current device, which need not be the tensor's on a machine with several.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, **meta)
+
+
+@contextlib.contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Run on another stream, after the work of the current one, which then waits for it."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, **options: Any) -> Iterator[None]:
+    """torch.cuda.graph that leaves the current stream as it was after an error, too: PyTorch's stays on `stream`."""
+    current = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(current), torch.cuda.graph(graph, stream=stream, **options):
+        yield
 
 
 def sm_count(device: torch.device) -> int:

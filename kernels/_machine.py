@@ -39,6 +39,25 @@ def driver_version() -> str | None:
     return version[0] if version else None
 
 
+def nvidia_smi(device: torch.device, query: str) -> str:
+    """What nvidia-smi answers for a CUDA device, such as "90.05, 1980"; "" where it cannot run."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # nvidia-smi may number devices differently
+    chosen = f"--id=GPU-{uuid}" if uuid else f"--id={device.index or 0}"
+    command = ("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", chosen)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def gpu_state(device: torch.device) -> dict[str, float]:
+    """Clocks, power and temperature of a CUDA device now, as far as the card says."""
+    names = ("sm_mhz", "memory_mhz", "watts", "celsius")
+    values = nvidia_smi(device, "clocks.sm,clocks.mem,power.draw,temperature.gpu").split(",")
+    pairs = zip(names, values, strict=False)
+    return {name: float(v) for name, v in pairs if re.fullmatch(r"\s*[\d.]+", v)}  # "[N/A]" where a card does not say
+
+
 def _has_nvidia_gpu() -> bool:
     """Whether one is on the PCI bus, with or without a driver."""
 

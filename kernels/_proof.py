@@ -372,7 +372,7 @@ def mapped(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         raise OSError(f"{size * dtype.itemsize / 2**30:.0f} GiB cannot be mapped: {error}") from error
 
 
-def _far(t: Tensor, dim: int, stride: int | None) -> Tensor:
+def far(t: Tensor, dim: int, stride: int | None = None) -> Tensor:
     """The same numbers with a stride in a dimension that takes its last one FAR elements from the first, or as given.
 
     t itself where it has no such dimension or that is of length 1.
@@ -395,7 +395,7 @@ def _far_addresses(spec: KernelSpec, case: Case, dtype: torch.dtype, device: tor
         return
     for dim, stride in ((-1, None), (-2, None), (-3, None), (-4, None), *([(-2, FAR // 2)] * (device.type == "cpu"))):
         try:
-            rows = list(prove(spec, case, dtype, device, layout=functools.partial(_far, dim=dim, stride=stride)))
+            rows = list(prove(spec, case, dtype, device, layout=functools.partial(far, dim=dim, stride=stride)))
         except OSError:  # this machine cannot say
             return
         for row in rows:

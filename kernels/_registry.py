@@ -19,6 +19,16 @@ from torch import Tensor
 Case = Mapping[str, Any]
 
 
+def case_text(case: Case) -> str:
+    """A case as reports show it: ``B=64 H=12 T=1024 D=64``."""
+    return " ".join(f"{k}={v}" for k, v in case.items() if k != "why")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as reports name it: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Draw:
     """Random numbers for a case, drawn on the CPU from a seed: the same ones for every dtype and device."""
 

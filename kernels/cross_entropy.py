@@ -6,9 +6,14 @@
 
     dx_iv = dloss / count * (p_iv - [v = t_i]),    p_iv = exp(x_iv - m_i) / l_i,    0 in ignored rows
 
-Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) over tiles of the row, so rows may have any length.
+Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) over tiles of the row, so rows may have any length. Each
+lane j, a thread's share of the tiles, keeps sums of its own, which meet once, after the last tile:
+
+    m_j = max_v x_iv        l_j = sum_v exp(x_iv - m_j)        over the v of lane j
+    m_i = max_j m_j         l_i = sum_j l_j exp(m_j - m_i)
+
 m and l are stored separately because their sum loses what is small next to a large m: p would be off by half an ulp of
-m.
+m. For the same reason exponents are (x - m) log2 e and not the one instruction less of x log2 e - m log2 e.
 
 logits x, dx: (M, V) in one dtype; targets t: (M,) int64; m, l: (M,) float32; all arithmetic in float32.
 Bytes that must cross memory: forward reads x; backward reads x and writes dx.
@@ -23,77 +28,150 @@ from torch import Tensor
 from ._dispatch import use_triton
 from ._launch import launch
 from ._registry import Case, Draw, KernelSpec, register
-from ._triton import tl, triton
+from ._tables import Options, choose
+from ._triton import NAMESPACE, tl, triton
+
+_SPACE = {"BLOCK_V": (4096, 8192, 16384), "num_warps": (8, 16, 32)}
 
 
-def tile(V: int) -> dict[str, int]:
-    """Launch options of a kernel over rows of V logits: several short rows a program, a long row in several tiles."""
-    # Long rows get many warps each: of the few in flight at a time L2 still holds what a second pass reads.
+def tile(kernel: str, x: Tensor) -> Options:
+    """Launch options of a kernel over logits x, (M, V): several short rows a program, a long row in several tiles."""
+    # A long row gets all threads of a program: of the two rows that a multiprocessor then works at, 26 MB on an H100,
+    # L2 still holds what a second pass reads.
+    V = x.shape[1]
     BLOCK_V = min(triton.next_power_of_2(V), 8192)
     BLOCK_M = max(1, 1024 // BLOCK_V)  # larger tiles of short rows at odd strides spill: an address an element
-    return {"BLOCK_M": BLOCK_M, "BLOCK_V": BLOCK_V, "num_warps": min(16, BLOCK_M * BLOCK_V // (32 * 8))}
+    default = {"BLOCK_M": BLOCK_M, "BLOCK_V": BLOCK_V, "num_warps": min(32, BLOCK_M * BLOCK_V // (32 * 8))}
+    return choose(kernel, default, _SPACE if BLOCK_M == 1 else {}, x.device, dtype=x.dtype, V=V, vector=_vector(x))
+
+
+def lanes(x: Tensor, options: Options) -> Options:
+    """A thread's elements of a tile of logits, as Triton lays it out: WIDE neighbours in every LANES * WIDE."""
+    if options["BLOCK_M"] > 1:
+        return {"LANES": 1, "WIDE": options["BLOCK_V"]}
+    LANES = 32 * options["num_warps"]
+    return {"LANES": LANES, "WIDE": min(options["BLOCK_V"] // LANES, _vector(x))}
+
+
+def _vector(x: Tensor) -> int:
+    """Elements of a row that are loaded at once: 16 bytes, or one where rows do not begin at such addresses."""
+    return 16 // x.element_size() if x.stride(1) == 1 and x.stride(0) % 16 == 0 else 1
 
 
 @triton.jit
-def _logits_tile(x_ptrs, stride_xv, mask_m, offs_v, V, V_ROW):
-    """(BLOCK_M, BLOCK_V) float32 logits, -inf past V. V_ROW >= V: elements of a row that may be read."""
-    mask = mask_m[:, None] & (offs_v < V_ROW)[None, :]
-    x = tl.load(x_ptrs[:, None] + offs_v[None, :] * stride_xv, mask=mask, other=0.0).to(tl.float32)
-    return tl.where((offs_v < V)[None, :], x, float("-inf"))
+def _exp(x):
+    """e^x by exp2, one instruction on the GPU: that of exp takes three more for results that round to 0 in p."""
+    return tl.exp2(1.4426950408889634 * x)
+
+
+@triton.jit
+def _logits_tile(x_ptrs, stride_xv, mask_m, start, V_ROW, RAGGED: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(BLOCK_M, BLOCK_V) float32 logits from column `start` on, 0 in masked rows; RAGGED: and from V_ROW on."""
+    offs_v = tl.arange(0, BLOCK_V)
+    x_ptrs += tl.cast(start, tl.int64) * stride_xv
+    mask = mask_m[:, None]
+    if RAGGED:
+        mask &= (start + offs_v < V_ROW)[None, :]
+    return tl.load(x_ptrs[:, None] + offs_v.to(tl.int64)[None, :] * stride_xv, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _online(m_j, l_j, x, WIDE: tl.constexpr):
+    """m, l of the lanes, (BLOCK_M, LANES), over one more tile x, (BLOCK_M, BLOCK_V)."""
+    LANES: tl.constexpr = m_j.shape[1]
+    x = tl.reshape(x, (x.shape[0], x.shape[1] // (LANES * WIDE), LANES, WIDE))
+    m_new = tl.maximum(m_j, tl.max(tl.max(x, 3), 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no finite logit yet: exp(-inf - 0) = 0, not NaN
+    return m_new, l_j * _exp(m_j - m_safe) + tl.sum(tl.sum(_exp(x - m_safe[:, None, :, None]), 3), 1)
+
+
+@triton.jit
+def _is_class(t, V):
+    return (t >= 0) & (t < V)
+
+
+@triton.jit
+def target_logits(x_ptrs, t, stride_xv, mask_m, V):
+    """x_t: (BLOCK_M,) float32, 0 where the target is no class."""
+    return tl.load(x_ptrs + t * stride_xv, mask=mask_m & _is_class(t, V), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def rows_forward(
-    x_ptrs, t_ptrs, stride_xv, mask_m, V, V_ROW, ignore_index, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """loss, m, l, t of the BLOCK_M rows that begin at x_ptrs. A target that is no class makes loss and l NaN."""
+    x_ptrs, t_ptrs, stride_xv, mask_m, V, V_ROW, ignore_index,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """loss, m, l, t, x_t of the BLOCK_M rows that begin at x_ptrs. A target that is no class makes loss and l NaN.
+
+    V_ROW >= V: elements of a row that may be read.
+    """
     t = tl.load(t_ptrs, mask=mask_m, other=0)  # (BLOCK_M,), as are x_t, m_i, l_i and loss
-    is_class = (t >= 0) & (t < V)
-    x_t = tl.load(x_ptrs + t * stride_xv, mask=mask_m & is_class, other=0.0).to(tl.float32)
-
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    for start in range(0, V, BLOCK_V):
-        offs_v = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
-        x = _logits_tile(x_ptrs, stride_xv, mask_m, offs_v, V, V_ROW)  # (BLOCK_M, BLOCK_V)
-        m_new = tl.maximum(m_i, tl.max(x, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no finite logit yet: exp(-inf - 0) = 0, not NaN
-        l_i = l_i * tl.exp(m_i - m_safe) + tl.sum(tl.exp(x - m_safe[:, None]), 1)
-        m_i = m_new
-
     ignored = t == ignore_index
-    l_i = tl.where(is_class | ignored, l_i, float("nan"))
+    mask_m &= t != ignore_index  # ignored rows are not read: zeros in their place
+    x_t = target_logits(x_ptrs, t, stride_xv, mask_m, V)
+
+    m_j = tl.full((BLOCK_M, LANES), float("-inf"), tl.float32)
+    l_j = tl.zeros((BLOCK_M, LANES), dtype=tl.float32)
+    last = (V - 1) // BLOCK_V * BLOCK_V  # the one tile that may reach past V
+    for start in range(0, last, BLOCK_V):
+        x = _logits_tile(x_ptrs, stride_xv, mask_m, start, V_ROW, False, BLOCK_V)  # (BLOCK_M, BLOCK_V)
+        m_j, l_j = _online(m_j, l_j, x, WIDE)
+    x = _logits_tile(x_ptrs, stride_xv, mask_m, last, V_ROW, True, BLOCK_V)
+    x = tl.where((last + tl.arange(0, BLOCK_V) < V)[None, :], x, float("-inf"))
+    m_j, l_j = _online(m_j, l_j, x, WIDE)
+    m_i = tl.max(m_j, 1)
+    l_i = tl.sum(l_j * _exp(m_j - m_i[:, None]), 1)
+
+    l_i = tl.where(_is_class(t, V) | ignored, l_i, float("nan"))
     loss = tl.where(ignored, 0.0, (m_i - x_t) + tl.log(l_i))
-    return loss, m_i, l_i, t
+    return loss, m_i, l_i, t, x_t
+
+
+@triton.jit
+def _gradient_tile(
+    x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, start, V_ROW, RAGGED: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """Writes r exp(x - m) from column `start` on; r = m = x = 0 where a row is not counted."""
+    x = _logits_tile(x_ptrs, stride_xv, counted, start, V_ROW, RAGGED, BLOCK_V)  # (BLOCK_M, BLOCK_V), as is dx
+    dx = _exp(x - m_i[:, None]) * r_i[:, None]
+    offs_v = start + tl.arange(0, BLOCK_V)
+    mask = mask_m[:, None]
+    if RAGGED:
+        mask &= (offs_v < V_ROW)[None, :]
+    tl.store(dx_ptrs[:, None] + offs_v[None, :], dx.to(dx_ptrs.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rows_backward(
-    x_ptrs, dx_ptrs, t, m_i, l_i, scale, stride_xv, mask_m, V, V_ROW, ignore_index, BLOCK_V: tl.constexpr
+    x_ptrs, dx_ptrs, t, x_t, m_i, l_i, scale, stride_xv, mask_m, V, V_ROW, ignore_index, BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """Writes scale * (p - [v = t]), 0 in ignored rows, to the contiguous rows at dx_ptrs, which may be x_ptrs."""
-    ignored = t == ignore_index
-    r_i = 1.0 / l_i
-    for start in range(0, V, BLOCK_V):
-        offs_v = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
-        x = _logits_tile(x_ptrs, stride_xv, mask_m, offs_v, V, V_ROW)  # (BLOCK_M, BLOCK_V), as are p and dx
-        p = tl.exp(x - m_i[:, None]) * r_i[:, None]
-        dx = scale * (p - tl.where(offs_v[None, :] == t[:, None], 1.0, 0.0))
-        dx = tl.where(ignored[:, None], 0.0, dx)
-        mask = mask_m[:, None] & (offs_v < V_ROW)[None, :]
-        tl.store(dx_ptrs[:, None] + offs_v[None, :], dx.to(dx_ptrs.dtype.element_ty), mask=mask)
+    """Writes scale * (p - [v = t]), 0 in ignored rows, to the contiguous rows at dx_ptrs, which may be x_ptrs.
+
+    V_ROW >= V: elements of a row that may be written; those from V on get no meaning.
+    """
+    counted = mask_m & (t != ignore_index)
+    r_i = tl.where(counted, scale / l_i, 0.0)
+    last = (V - 1) // BLOCK_V * BLOCK_V
+    for start in range(0, last, BLOCK_V):
+        _gradient_tile(x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, start, V_ROW, False, BLOCK_V)
+    _gradient_tile(x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, last, V_ROW, True, BLOCK_V)
+    tl.debug_barrier()  # another thread has written the target's element as one of the others; it is written again
+    dx_t = _exp(x_t - m_i) * r_i - scale
+    tl.store(dx_ptrs + t, dx_t.to(dx_ptrs.dtype.element_ty), mask=counted & _is_class(t, V))
 
 
 @triton.jit
 def _cross_entropy_fwd_kernel(
     x_ptr, t_ptr, loss_ptr, m_ptr, l_ptr,  # x: (M, V)  t, loss, m, l: (M,)
-    stride_x, M, V, ignore_index, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    stride_x, M, V, ignore_index,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    loss, m_i, l_i, _ = rows_forward(
-        x_ptr + offs_m * stride_x[0], t_ptr + offs_m, stride_x[1], mask_m, V, V, ignore_index, BLOCK_M, BLOCK_V
-    )
+    loss, m_i, l_i, _, _ = rows_forward(
+        x_ptr + offs_m * stride_x[0], t_ptr + offs_m, stride_x[1], mask_m, V, V, ignore_index,
+        BLOCK_M, BLOCK_V, LANES, WIDE,
+    )  # fmt: skip
     tl.store(loss_ptr + offs_m, loss, mask=mask_m)
     tl.store(m_ptr + offs_m, m_i, mask=mask_m)
     tl.store(l_ptr + offs_m, l_i, mask=mask_m)
@@ -109,9 +187,11 @@ def _cross_entropy_bwd_kernel(
     t = tl.load(t_ptr + offs_m, mask=mask_m, other=0)  # (BLOCK_M,), as are m_i and l_i
     m_i = tl.load(m_ptr + offs_m, mask=mask_m, other=0.0)
     l_i = tl.load(l_ptr + offs_m, mask=mask_m, other=1.0)
+    x_ptrs = x_ptr + offs_m * stride_x[0]
+    x_t = target_logits(x_ptrs, t, stride_x[1], mask_m, V)
     rows_backward(
-        x_ptr + offs_m * stride_x[0], dx_ptr + offs_m * V, t, m_i, l_i, tl.load(scale_ptr), stride_x[1], mask_m, V, V,
-        ignore_index, BLOCK_V,
+        x_ptrs, dx_ptr + offs_m * V, t, x_t, m_i, l_i, tl.load(scale_ptr), stride_x[1], mask_m, V, V, ignore_index,
+        BLOCK_V,
     )  # fmt: skip
 
 
@@ -120,13 +200,13 @@ def target_count(targets: Tensor, ignore_index: int) -> Tensor:
     return (targets != ignore_index).sum()
 
 
-@torch.library.custom_op("gpt2::cross_entropy_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::cross_entropy_fwd", mutates_args=())
 def cross_entropy_fwd(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """logits: (M, V) any strides; targets: (M,) -> loss: () float32; m, l: (M,) float32."""
     M, V = logits.shape
     losses = torch.empty(M, dtype=torch.float32, device=logits.device)
     m, l = torch.empty_like(losses), torch.empty_like(losses)  # noqa: E741
-    options = tile(V)
+    options = tile("cross_entropy_fwd", logits)
     launch(
         _cross_entropy_fwd_kernel, (triton.cdiv(M, options["BLOCK_M"]),),
         logits,                 # (M, V)
@@ -134,7 +214,7 @@ def cross_entropy_fwd(logits: Tensor, targets: Tensor, ignore_index: int) -> tup
         losses,                 # (M,)
         m,                      # (M,)
         l,                      # (M,)
-        logits.stride(), M, V, ignore_index, **options,
+        logits.stride(), M, V, ignore_index, **options, **lanes(logits, options),
     )  # fmt: skip
     return losses.sum() / target_count(targets, ignore_index), m, l
 
@@ -144,7 +224,7 @@ def _(logits, targets, ignore_index):
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), targets.shape, targets.shape))
 
 
-@torch.library.custom_op("gpt2::cross_entropy_bwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::cross_entropy_bwd", mutates_args=())
 def cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, targets: Tensor, m: Tensor, l: Tensor, ignore_index: int  # noqa: E741
 ) -> Tensor:  # fmt: skip
@@ -152,7 +232,7 @@ def cross_entropy_bwd(
     M, V = logits.shape
     dlogits = torch.empty((M, V), dtype=logits.dtype, device=logits.device)
     scale = dloss / target_count(targets, ignore_index)
-    options = tile(V)
+    options = tile("cross_entropy_bwd", logits)
     launch(
         _cross_entropy_bwd_kernel, (triton.cdiv(M, options["BLOCK_M"]),),
         scale,                  # ()

@@ -29,7 +29,7 @@ from torch import Tensor
 from ._dispatch import use_triton
 from ._launch import launch, sm_count
 from ._registry import Case, Draw, KernelSpec, register
-from ._triton import tl, triton
+from ._triton import NAMESPACE, tl, triton
 from .attention import why_unsupported
 
 MAX_SPLITS = 32  # one program merges them, in registers
@@ -139,7 +139,7 @@ def _decode_attention_merge_kernel(
     tl.store(o_ptr + bh * D + offs_d, o.to(o_ptr.dtype.element_ty), mask=offs_d < D)
 
 
-@torch.library.custom_op("gpt2::decode_attention_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::decode_attention_fwd", mutates_args=())
 def decode_attention_fwd(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """q: (B, H, D), k_cache, v_cache: (B, H, S, D), lengths: (B,) integers, any strides -> o: (B, H, D) contiguous."""
     B, H, S, D = k_cache.shape

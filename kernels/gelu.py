@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ._dispatch import use_triton
 from ._launch import as_rows, launch, sm_count
+from ._linear import linear
 from ._registry import Case, Draw, KernelSpec, register
-from ._triton import tl, triton
+from ._triton import NAMESPACE, tl, triton
 from .layer_norm import tile_ptrs
 
 APPROXIMATIONS = ("tanh", "none")
@@ -102,7 +103,7 @@ def _bias_gelu_bwd_kernel(
         tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
 
 
-@torch.library.custom_op("gpt2::bias_gelu_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::bias_gelu_fwd", mutates_args=())
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """x: (..., N) any strides -> y: (..., N) contiguous x.dtype."""
     rows = as_rows(x)
@@ -124,7 +125,7 @@ def _(x, bias, approximate):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("gpt2::bias_gelu_bwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::bias_gelu_bwd", mutates_args=())
 def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, need_db: bool) -> tuple[Tensor, Tensor]:
     """dy, x: (..., N) any strides -> dx: (..., N) contiguous x.dtype, db: (N,) float32, (0,) if unneeded."""
     rows, dy_rows = as_rows(x), as_rows(dy)
@@ -182,16 +183,16 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "tanh", working: Tensor | None = None
+) -> Tensor:
     """y = gelu(x @ weight.T + bias), the bias added where it costs least: in our GELU, or in PyTorch's product.
 
-    x: (..., C), weight: (N, C), bias: (N,), both any floating dtype -> y: (..., N) in x.dtype.
+    x: (..., C), weight: (N, C), bias: (N,), both any floating dtype -> y: (..., N) in x.dtype. working: as in `linear`.
     """
-    weight, N = weight.to(x.dtype), weight.shape[0]
-    if use_triton("bias_gelu", x, N=N, bias=bias is not None, approximate=approximate):
-        return bias_gelu(F.linear(x, weight), bias, approximate)
-    h = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return F.gelu(h, approximate=approximate)
+    if use_triton("bias_gelu", x, N=weight.shape[0], bias=bias is not None, approximate=approximate):
+        return bias_gelu(linear(x, weight, None, working), bias, approximate)
+    return F.gelu(linear(x, weight, bias, working), approximate=approximate)
 
 
 def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:

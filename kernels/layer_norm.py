@@ -20,7 +20,7 @@ from torch import Tensor
 from ._dispatch import use_triton
 from ._launch import as_rows, launch, row_tile, sm_count
 from ._registry import Case, Draw, KernelSpec, register
-from ._triton import tl, triton
+from ._triton import NAMESPACE, tl, triton
 
 MAX_N = 32768  # one row is held in the registers of one program
 
@@ -111,7 +111,7 @@ def _layer_norm_bwd_kernel(
         tl.store(db_ptr + pid.to(tl.int64) * N + offs_n, tl.sum(db, 0), mask=mask_n)
 
 
-@torch.library.custom_op("gpt2::layer_norm_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_fwd", mutates_args=())
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x: (..., N) any strides -> y: (..., N) contiguous x.dtype, mean: (M,) float32, rstd: (M,) float32."""
     rows = as_rows(x)
@@ -140,7 +140,7 @@ def _(x, weight, bias, eps):
     return x.new_empty(x.shape), *(x.new_empty(M, dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("gpt2::layer_norm_bwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::layer_norm_bwd", mutates_args=())
 def layer_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, need_dw: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,11 +23,12 @@ from torch import Tensor
 from ._dispatch import TRITON_DTYPES, use_triton
 from ._launch import launch, recording
 from ._registry import Case, Draw, KernelSpec, register
-from ._triton import tl, triton
+from ._triton import NAMESPACE, tl, triton
 from .cross_entropy import (
     check_targets,
     cross_entropy_eager,
     draw_targets,
+    lanes,
     rows_backward,
     rows_forward,
     target_count,
@@ -41,17 +42,20 @@ _SCALE_BLOCK = 4096
 @triton.jit
 def _loss_kernel(
     x_ptr, t_ptr, loss_ptr,  # x: (M, V) in rows of stride_xm elements, overwritten with g  t, loss: (M,)
-    stride_xm, M, V, ignore_index, GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    stride_xm, M, V, ignore_index, GRADIENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     x_ptrs = x_ptr + offs_m * stride_xm
     # Masks at the end of the padded row, a multiple of 64, leave loads and stores 16 bytes wide; V need not be even.
-    loss, m_i, l_i, t = rows_forward(x_ptrs, t_ptr + offs_m, 1, mask_m, V, stride_xm, ignore_index, BLOCK_M, BLOCK_V)
+    loss, m_i, l_i, t, x_t = rows_forward(
+        x_ptrs, t_ptr + offs_m, 1, mask_m, V, stride_xm, ignore_index, BLOCK_M, BLOCK_V, LANES, WIDE
+    )
     tl.store(loss_ptr + offs_m, loss, mask=mask_m)
     if GRADIENT:
         tl.debug_barrier()  # every thread has read what another one is about to overwrite
-        rows_backward(x_ptrs, x_ptrs, t, m_i, l_i, 1.0, 1, mask_m, V, stride_xm, ignore_index, BLOCK_V)
+        rows_backward(x_ptrs, x_ptrs, t, x_t, m_i, l_i, 1.0, 1, mask_m, V, stride_xm, ignore_index, BLOCK_V)
 
 
 @triton.jit
@@ -96,7 +100,7 @@ def _loss_eager(g: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, g
         torch.mul(p.scatter_add_(1, t, p.new_full(t.shape, -1.0)), is_counted, out=g)
 
 
-@torch.library.custom_op("gpt2::linear_cross_entropy_fwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_fwd", mutates_args=())
 def linear_cross_entropy_fwd(
     x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dw: bool, eager: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +116,7 @@ def linear_cross_entropy_fwd(
     V_ROW = V if eager else triton.cdiv(V, 64) * 64
     rows = chunk_rows(M, V_ROW * x.element_size(), x.device)
     scratch = torch.empty((min(rows, M), V_ROW), dtype=x.dtype, device=x.device)
-    options = {} if eager else tile(V)
+    options = {} if eager else tile("loss", scratch[:, :V])
     for start in range(0, M, rows):
         chunk = slice(start, min(start + rows, M))
         m = chunk.stop - start
@@ -127,7 +131,7 @@ def linear_cross_entropy_fwd(
                 targets[chunk],     # (m,)
                 losses[chunk],      # (m,)
                 V_ROW, m, V, ignore_index,
-                GRADIENT=need_dx or need_dw, **options,
+                GRADIENT=need_dx or need_dw, **options, **lanes(scratch, options),
             )  # fmt: skip
         if need_dx:
             _multiply(g, w, dx[chunk])
@@ -143,7 +147,7 @@ def _(x, weight, targets, ignore_index, need_dx, need_dw, eager=False):
     return x.new_empty((), dtype=torch.float32), dx, dw
 
 
-@torch.library.custom_op("gpt2::linear_cross_entropy_bwd", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy_bwd", mutates_args=())
 def linear_cross_entropy_bwd(
     dloss: Tensor, targets: Tensor, ignore_index: int, dx: Tensor, dw: Tensor, eager: bool = False
 ) -> tuple[Tensor, Tensor]:

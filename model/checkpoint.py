@@ -44,6 +44,7 @@ FORMAT = 2
 STATE, VALIDATION = "state.json", "validation.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"  # files that PEFT knows
 PEFT_PREFIX = "base_model.model."  # of the names in the former
+WEIGHTS = "model", ADAPTER, "ema"
 Parts = dict[str, dict[str, Tensor]]  # "model" or ADAPTER, "optimizer", "ema", "trainer" -> tensors by name
 
 
@@ -52,7 +53,7 @@ class Checkpoint:
     """A verified checkpoint.
 
     state: step, val_loss (of these parameters; None if not measured), best_val_loss (the lowest of the run so far, or
-    None), elapsed_s, config, model (of GPTConfig), lora (see `save`), and details of a failure.
+    None), elapsed_s, config, model (of GPTConfig), lora and tables (see `save`), and details of a failure.
     parts: on the CPU, memory-mapped; changing a tensor does not change its file.
     """
 
@@ -79,15 +80,17 @@ def save(
     elapsed_s: float,
     keep_last: int = 2,
     lora: dict[str, Any] | None = None,
+    tables: str | None = None,
 ) -> Path:
     """Write RUN/checkpoints/step-... atomically, then delete all but the last `keep_last` and the best.
 
     step: updates done so far. best_val_loss: the lowest before; record_validation adds the loss of these parameters.
-    lora: of adapters {"base": what they adapt, "peft": the content of adapter_config.json}.
+    lora: of adapters {"base": what they adapt, "peft": the content of adapter_config.json}. tables: the hash of the
+    kernels' launch tables, if the run has any (kernels/_tables.py).
     Raises OSError, and leaves the other checkpoints as they are, if the disk is full or not writable.
     """
-    state = {"best_val_loss": best_val_loss, "elapsed_s": elapsed_s, "config": config, "model": model.to_dict()}
-    state |= {"lora": lora} if lora else {}
+    state: dict[str, Any] = {"best_val_loss": best_val_loss, "elapsed_s": elapsed_s, "config": config}
+    state |= {"model": model.to_dict(), **({"lora": lora} if lora else {}), **({"tables": tables} if tables else {})}
     folder = _write_checkpoint(run / "checkpoints", step, parts, state)
     _prune(folder.parent, step, keep_last)
     return folder
@@ -210,7 +213,7 @@ def check_model(checkpoint: Checkpoint, config: GPTConfig, trained: Mapping[str,
         with torch.device("meta"):
             trained = dict(GPT(config).named_parameters())
     shapes = {name: tuple(p.shape) for name, p in trained.items()}
-    weights = [checkpoint.parts[part] for part in ("model", ADAPTER, "ema") if part in checkpoint.parts]
+    weights = [checkpoint.parts[part] for part in WEIGHTS if part in checkpoint.parts]
     pairs = [({name: tuple(t.shape) for name, t in tensors.items()}, shapes) for tensors in weights]
     for saved, wanted in [(checkpoint.state["model"], config.to_dict()), *pairs]:
         for name in wanted | saved:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,10 @@ from kernels import (
     add_layer_norm,
     causal_attention,
     decode_attention,
+    document_bounds,
     layer_norm,
+    linear,
+    linear_add_layer_norm,
     linear_cross_entropy,
     linear_gelu,
     lm_logits,
@@ -81,6 +84,8 @@ class GPT(nn.Module):
         lengths: (B,) int64, 1 to T, of texts of different lengths that are padded on the right with any ids: the cache
         counts, and logits="last" computes, the last token of each text. No token attends to the padding after it.
         """
+        if documents is not None:
+            documents = document_bounds(documents)  # (B, 2, T), once for all layers
         x = self._embed(idx, cache, lengths)  # (B, T, C), the residual stream
         blocks: list[Block] = [*self.transformer.h]  # type: ignore[list-item]
         normed = blocks[0].ln_1(x)  # (B, T, C)
@@ -215,9 +220,28 @@ class Block(nn.Module):
         """
         probs_seed, attn_seed, mlp_seed = seeds or (None, None, None)
         # x = x + dropout(attn(normed)); normed = ln_2(x)
-        normed, x = self.ln_2.add_norm(self.attn(normed, cache, documents, probs_seed), x, attn_seed)
+        normed, x = self.attn(normed, cache, documents, probs_seed, Sum(x, self.ln_2, attn_seed))
         # x = x + dropout(mlp(normed)); normed = ln_next(x)
-        return ln_next.add_norm(self.mlp(normed), x, mlp_seed)
+        return self.mlp(normed, Sum(x, ln_next, mlp_seed))
+
+
+class Sum(NamedTuple):
+    """What a sub-layer does with its result y: x = x + dropout(y), and the LayerNorm ln of that. seed: of the dropout.
+
+    Its last linear layer needs to know: where the sum is one of our kernels, that adds the layer's bias too.
+    """
+
+    x: Tensor  # (B, T, C), the residual stream
+    ln: LayerNorm
+    seed: Tensor | None
+
+    @property
+    def dropout_p(self) -> float:
+        return self.ln.resid_pdrop if self.ln.training else 0.0
+
+    def of(self, y: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, C) -> (B, T, C) twice
+        w, b, eps = self.ln.weight, self.ln.bias, self.ln.eps
+        return add_layer_norm(y, self.x, w, b, eps, dropout_p=self.dropout_p, seed=self.seed)
 
 
 class CausalSelfAttention(nn.Module):
@@ -232,18 +256,24 @@ class CausalSelfAttention(nn.Module):
         self.attn_pdrop = config.attn_pdrop
 
     def forward(
-        self, x: Tensor, cache: KVCache | None = None, documents: Tensor | None = None, seed: Tensor | None = None
-    ) -> Tensor:  # (B, T, C) -> (B, T, C)
+        self,
+        x: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        seed: Tensor | None = None,
+        into: Sum | None = None,
+    ) -> Any:
+        """(B, T, C) -> (B, T, C); with a sum, what comes of that: the new LayerNorm and residual stream, alike."""
         qkv = self.c_attn(x)  # (B, T, 3C): queries, keys and values, which stay packed
         if cache is not None:
             heads = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
             k_cache, v_cache = cache.write(self.layer, heads[:, :, 1:])
             if not cache.is_prefill:  # one token, after others
                 o = decode_attention(heads[:, 0, 0], k_cache, v_cache, cache.lengths)  # (B, H, D)
-                return self.c_proj(o.flatten(1)[:, None])  # (B, 1, C)
+                return self.c_proj(o.flatten(1)[:, None], into)  # (B, 1, C)
         p = self.attn_pdrop if self.training else 0.0
         o = causal_attention(qkv, self.n_head, dropout_p=p, seed=seed, documents=documents)  # (B, T, C)
-        return self.c_proj(o)
+        return self.c_proj(o, into)
 
 
 class MLP(nn.Module):
@@ -255,8 +285,9 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.approximate = ACTIVATIONS[config.activation_function]
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.c_proj(self.c_fc.gelu(x, self.approximate))  # (B, T, 4C) between the two
+    def forward(self, x: Tensor, into: Sum | None = None) -> Any:
+        """As CausalSelfAttention's."""
+        return self.c_proj(self.c_fc.gelu(x, self.approximate), into)  # (B, T, 4C) between the two
 
 
 class Linear(nn.Linear):
@@ -271,28 +302,18 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Do nothing: GPT.reset_parameters initialises every weight."""
 
-    def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`, (out, in): the working copy if there is one."""
-        return self.weight.to(dtype) if self.working is None else CachedCast.apply(self.weight, self.working)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return F.linear(x, self.weight_in(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+    def forward(self, x: Tensor, into: Sum | None = None) -> Any:
+        """(..., in) -> (..., out); with a sum, the two tensors that come of that."""
+        if into is None:
+            return linear(x, self.weight, self.bias, self.working)
+        return linear_add_layer_norm(
+            x, self.weight, self.bias, into.x, into.ln.weight, into.ln.bias, into.ln.eps,
+            working=self.working, dropout_p=into.dropout_p, seed=into.seed,
+        )  # fmt: skip
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:
         """gelu(self(x)) in one pass: (..., in) -> (..., out)."""
-        return linear_gelu(x, self.weight_in(x.dtype), self.bias, approximate)
-
-
-class CachedCast(torch.autograd.Function):
-    """weight.to(working.dtype), whose result `working` is already known; the gradient goes to weight."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, working: Tensor) -> Tensor:
-        return working.view_as(working)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.float(), None
+        return linear_gelu(x, self.weight, self.bias, approximate, self.working)
 
 
 class TiedEmbedding(nn.Embedding):
@@ -315,11 +336,6 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         return layer_norm(x, self.weight, self.bias, self.eps)
-
-    def add_norm(self, update: Tensor, x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x = x + dropout(update); (B, T, C) each -> LayerNorm of the new x, and the new x. One fused pass."""
-        p = self.resid_pdrop if self.training else 0.0
-        return add_layer_norm(update, x, self.weight, self.bias, self.eps, dropout_p=p, seed=seed)
 
 
 def num_parameters(model: nn.Module) -> int:

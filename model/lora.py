@@ -38,7 +38,7 @@ from model import checkpoint, files
 from model.checkpoint import ADAPTER, ADAPTER_CONFIG, PEFT_PREFIX
 from model.cli import UserError, run
 from model.config import GPTConfig
-from model.gpt import GPT, Linear
+from model.gpt import GPT, Linear, Sum
 from model.tokenizer import Tokenizer
 
 TARGETS = ("c_attn", "c_proj", "c_fc", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # ends of names
@@ -92,11 +92,13 @@ class LoraLinear(Linear):
         nn.init.zeros_(self.lora_B.weight)
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        y = super().forward(x)
+    def forward(self, x: Tensor, into: Sum | None = None) -> Any:
+        """(..., in) -> (..., out); with a sum, the two tensors that come of that."""
+        y: Tensor = super().forward(x)
         A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)
         low = F.linear(F.dropout(x, self.dropout, self.training), A)  # (..., r)
-        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B.t(), alpha=self.scale).view(y.shape)
+        y = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B.t(), alpha=self.scale).view(y.shape)
+        return y if into is None else into.of(y)
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:  # (..., in) -> (..., out)
         return bias_gelu(self(x), None, approximate)  # the bias is frozen, and in self(x)

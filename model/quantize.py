@@ -25,14 +25,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cli import UserError
-from model.gpt import GPT, IGNORE_INDEX, Linear, TiedEmbedding
+from model.gpt import GPT, IGNORE_INDEX, Linear, Sum, TiedEmbedding
 
 Weights = Literal["float32", "bfloat16", "float16", "int8"]
 
@@ -107,8 +107,10 @@ class LowPrecisionLinear(nn.Module):
         super().__init__()
         self.product, self.nbytes = product, nbytes
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return self.product(x)
+    def forward(self, x: Tensor, into: Sum | None = None) -> Any:
+        """(..., in) -> (..., out); with a sum, the two tensors that come of that."""
+        y = self.product(x)
+        return y if into is None else into.of(y)
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:  # (..., in) -> (..., out)
         return F.gelu(self(x), approximate=approximate)

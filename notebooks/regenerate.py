@@ -27,11 +27,11 @@ SECONDS = 600  # that one cell may take
 COLAB = """\
 if "google.colab" in sys.modules and not Path("/content/gpt2").exists():
     !git clone --quiet --depth 1 {repository} /content/gpt2
-    !pip install --quiet -e "/content/gpt2[notebooks]"
+    !pip install --quiet -e "/content/gpt2[core,notebooks]"
     sys.path.insert(0, "/content/gpt2")
 """
 SETUP = """\
-# Find the project: it is installed, or in the folder above this notebook.
+# Find the project: on Python's path, or in the folder above this notebook.
 import sys
 from pathlib import Path
 

@@ -36,7 +36,11 @@ class Exhibit:
     @property
     def name(self) -> str:
         """The operator that it breaks."""
-        return self.kernel or {"gelu": "bias_gelu", "attention": "causal_attention"}.get(self.op, self.op)
+        return self.kernel or {
+            "gelu": "bias_gelu",
+            "attention": "causal_attention",
+            "_attention": "causal_attention",
+        }.get(self.op, self.op)
 
     @property
     def url(self) -> str:
@@ -61,9 +65,10 @@ def _pull(*args: object, **fields: object) -> Exhibit:
     return Exhibit(*args, kind="pull", **fields)  # type: ignore[arg-type]
 
 
-_DIAGONAL = 's = tl.where(offs_m[:, None] >= offs_n[None, :], s, float("-inf"))\n'
-_FORWARD_SCORES = "s = tl.dot(q, kT, input_precision=META.PRECISION)  # (BLOCK_M, BLOCK_N)\n        if DIAGONAL:\n"
-_DO_PTRS = "offs_m[:, None] * stride_do[1] + (h * D + offs_d)[None, :] * stride_do[2]"
+_FORWARD_SCORES = (
+    "k = _load_tile(k_head, n, T, META.BLOCK_N, DIAGONAL, META)  # (BLOCK_N, BLOCK_D)\n"
+    "        s = tl.dot(q, tl.trans(k), input_precision=META.PRECISION)  # (BLOCK_M, BLOCK_N)\n        if DIAGONAL:\n"
+)
 
 EXHIBITS = (
     # --- layouts
@@ -79,9 +84,9 @@ EXHIBITS = (
           "The gradient that `.sum()` sends has stride 0; the kernel takes it for contiguous and reads beyond it.",
           "gelu", (("dy_rows.stride(), rows.stride(), M, N,", "(N, 1), rows.stride(), M, N,"),), "layouts", 2),
     Exhibit("Dao-AILab/flash-attention#355",
-            "The backward pass of attention assumes a contiguous output gradient.", "attention",
-            ((f"do_ptr + b * stride_do[0] + {_DO_PTRS}", "do_ptr + (b * T + offs_m)[:, None] * (H * D) + "
-              "(h * D + offs_d)[None, :]"),), "layouts", 3),
+            "The backward pass of attention reads the output's gradient as if it were contiguous, like the output.",
+            "_attention", (("do_tile = _load_tile(_head(do, strides[3], b, h, META)",
+                            "do_tile = _load_tile(_head(do, strides[4], b, h, META)"),), "layouts", 3),
     Exhibit("flagos-ai/FlagAttention#45",
             "Values are addressed by the strides of the keys: invisible as long as both have the same.",
             "decode_attention", (("v_ptr + rows[:, None] * stride_v[2]", "v_ptr + rows[:, None] * stride_k[2]"),),
@@ -106,24 +111,24 @@ EXHIBITS = (
             "attention", (("return max(16, triton.next_power_of_2(head_dim))",
                            "return min(64, max(16, triton.next_power_of_2(head_dim)))"),), "shapes", 8),
     Exhibit("BobMcDear/attorch#14", "The head's offset rounds to zero: every head reads and writes the first one.",
-            "attention", (("bh, (bh // H).to(tl.int64), bh % H, ", "bh, (bh // H).to(tl.int64), bh % H * 0, "),),
-            "memory", 3),
+            "_attention", (("return bh, bh // H, bh % H, pid", "return bh, bh // H, bh % H * 0, pid"),), "memory", 3),
     # --- masked lanes
     Exhibit("triton-lang/triton#9838",
             "Lanes past the row hold minus the mean after the subtraction, and count in the variance.",
             "layer_norm", (("xc = tl.where(mask_n[None, :], x - mean[:, None], 0.0)", "xc = x - mean[:, None]"),),
             "shapes", 2),
     _pull("verl-project/verl#5349", "Lanes past the vocabulary hold 0, so that each adds exp(0) to the sum.",
-          "cross_entropy", (('return tl.where((offs_v < V)[None, :], x, float("-inf"))', "return x"),), "shapes", 2),
+          "cross_entropy", (('    x = tl.where((last + tl.arange(0, BLOCK_V) < V)[None, :], x, float("-inf"))\n', ""),),
+          "shapes", 2),
     Exhibit("triton-lang/triton#4541", "The backward pass of attention does not apply the forward pass's mask.",
-            "attention", (('sT = tl.where(offs_m[None, :] >= offs_n[:, None], sT, float("-inf"))', "sT = sT"),),
+            "_attention", (('sT = tl.where(offs_m[None, :] >= offs_n[:, None], sT, float("-inf"))', "sT = sT"),),
             "shapes", 3),
-    Exhibit("keras-team/keras#23038", "With dropout the causal mask is dropped, too.", "attention",
+    Exhibit("keras-team/keras#23038", "With dropout the causal mask is dropped, too.", "_attention",
             ((_FORWARD_SCORES, _FORWARD_SCORES.replace("if DIAGONAL:", "if DIAGONAL and not META.DROPOUT:")),),
             "shapes", 0),
     Exhibit("Dao-AILab/flash-attention#2424", "The mask that the caller gives is not passed on to the backward pass.",
-            "attention", (("attention_bwd(do, qkv, o, lse, seed, documents, ctx",
-                           "attention_bwd(do, qkv, o, lse, seed, None, ctx"),), "shapes", 2),
+            "attention", (("attention_bwd(do, q, k, v, o, lse, seed, documents, ctx",
+                           "attention_bwd(do, q, k, v, o, lse, seed, None, ctx"),), "shapes", 2),
     Exhibit("flashinfer-ai/flashinfer#4051", "Merging two empty parts gives NaN: their maxima are both -inf.",
             "decode_attention", (('tl.exp2(m_i - tl.where(m == float("-inf"), 0.0, m))', "tl.exp2(m_i - m)"),),
             "shapes", 1),
@@ -134,10 +139,8 @@ EXHIBITS = (
           "decode_attention", (("tl.store(lse_ptr + part, lse)",
                                 "tl.store(lse_ptr + split * tl.num_programs(0) + bh, lse)"),), "shapes", 0),
     _pull("pytorch/FBGEMM#5754", "Rows without a gradient are skipped and hold garbage: the buffer was not zeroed.",
-          "cross_entropy",
-          (("mask = mask_m[:, None] & (offs_v < V_ROW)[None, :]\n        tl.store(",
-            "mask = (mask_m & (t != ignore_index))[:, None] & (offs_v < V_ROW)[None, :]\n        tl.store("),),
-          "memory", 0),
+          "cross_entropy", (("    mask = mask_m[:, None]\n    if RAGGED:\n        mask &= (offs_v",
+                             "    mask = counted[:, None]\n    if RAGGED:\n        mask &= (offs_v"),), "memory", 0),
     _pull("meta-pytorch/tritonbench#1266",
           "Programs race for one row of partial sums: the last one overwrites what the others added.", "layer_norm",
           (("dw_ptr + pid.to(tl.int64) * N", "dw_ptr + 0 * pid"),), "memory", 3),
@@ -151,10 +154,10 @@ EXHIBITS = (
            ("    return scaled\n", "    return scaled[0].clone(), scaled[1].clone()\n")), "repeats", 2),
     # --- dropout
     _pull("aws-neuron/nki-samples#81", "The backward pass of attention forgets that dropout acts on dp as well.",
-          "attention", (("            dpT = dpT * zT\n", ""),), "shapes", 0),
+          "_attention", (("            dpT = dpT * zT\n", ""),), "shapes", 0),
     _pull("pytorch/pytorch#197563", "The backward pass draws its mask from a seed that is not the forward pass's.",
-          "attention", (("    qkv, o, lse, seed, documents = ctx.saved_tensors\n",
-                         "    qkv, o, lse, seed, documents = ctx.saved_tensors\n"
+          "attention", (("    q, k, v, seed, documents, o, lse = ctx.saved_tensors\n",
+                         "    q, k, v, seed, documents, o, lse = ctx.saved_tensors\n"
                          "    seed = None if seed is None else torch.zeros_like(seed)\n"),), "shapes", 0),
     _pull("NVIDIA/apex#816", "The backward pass scales what dropout kept by p and not by 1 / (1 - p).",
           "add_layer_norm", (("(seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),  # seed: ()",
@@ -175,15 +178,16 @@ EXHIBITS = (
           (("c1 = tl.sum(g, 1) / N", "c1 = tl.sum(tl.sum(g, 1), 0) / N + 0.0 * mean"),), "shapes", 3),
     # --- losses
     _pull("PaddlePaddle/Paddle#28622", "Rows whose target is to be ignored have a gradient.", "cross_entropy",
-          (("dx = tl.where(ignored[:, None], 0.0, dx)", "dx = dx"),), "shapes", 0),
+          (("counted = mask_m & (t != ignore_index)", "counted = mask_m"),), "shapes", 0),
     _pull("flagos-ai/FlagGems#73", "The mean is over all rows, those to be ignored included.", "cross_entropy",
           (("return (targets != ignore_index).sum()", "return torch.ones_like(targets).sum()"),), "shapes", 0),
     _pull("NVIDIA/TransformerEngine#2139",
           "The factor of the gradient is read through a pointer that moves on with the rows.", "linear_cross_entropy",
           (("* tl.load(scale_ptr)\n", "* tl.load(scale_ptr + tl.program_id(0))\n"),), "shapes", 0),
     # --- far addresses
-    Exhibit("thu-ml/SageAttention#386", "Rows of a packed projection are addressed in int32, which wraps.", "attention",
-            (("x_ptr + offs_t.to(tl.int64) * stride[1]", "x_ptr + offs_t * stride[1]"),), "far", 0, "float16"),
+    Exhibit("thu-ml/SageAttention#386", "Rows of a packed projection are addressed in int32, which wraps.",
+            "_attention", (("offs_t = (t + tl.arange(0, BLOCK_T)).to(tl.int64)",
+                            "offs_t = t + tl.arange(0, BLOCK_T)"),), "far", 0, "float16"),
     Exhibit("fla-org/flash-linear-attention#1080", "The offset of a sequence and head is computed in int32.",
             "decode_attention", (("b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)", "b, h = bh // H, bh % H"),),
             "far", 1, "float16"),

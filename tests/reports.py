@@ -1,4 +1,8 @@
-"""Small benchmark reports."""
+"""Small benchmark reports, and what their pages are made of."""
+
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -28,3 +32,35 @@ def refusal(argv, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") <= 2, err
     return err
+
+
+class Page(HTMLParser):
+    """Tags with their attributes; fails on tags that are closed out of order."""
+
+    VOID = ("meta", "br", "link", "img", "input", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.heads = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "button":
+            self.heads.append(self.open[-2])
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def charts_of(page):
+    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]

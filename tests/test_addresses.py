@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import HAS_CUDA
 
-from kernels._proof import FAR, compare, evaluate, incoming_gradients, mapped
+from kernels._proof import FAR, compare, evaluate, far, incoming_gradients, mapped, prove
 from kernels._registry import all_specs
 from kernels._triton import HAS_TRITON
 
@@ -26,6 +26,13 @@ def _mapped(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
         return mapped(numel, dtype, device)
     except OSError as error:
         pytest.skip(str(error))
+
+
+def test_tiles_of_a_row_reach_far_addresses(device):
+    """Of logits in several tiles, whose columns lie 2^31 / 9000 elements apart."""
+    case = {"M": 1, "V": 9000}
+    for row in prove(SPECS["cross_entropy"], case, torch.float16, device, layout=lambda t: far(t, -1)):
+        assert row.passed, f"{row.name}: error {row.error:.3e} > allowed {row.allowed:.3e}"
 
 
 # Name -> a case of one row, its name for the rows, and how many of them are more than 2^31 elements, the last tile

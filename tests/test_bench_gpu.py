@@ -11,7 +11,7 @@ from reports import CPU, make_report, make_row, refusal
 from bench import __main__ as bench_main
 from bench import gpu, roofline, supervise
 from bench.record import Report, Row
-from kernels import _check, _proof
+from kernels import _check, _proof, _tables, _tune
 from kernels._registry import all_specs
 
 BF16 = torch.bfloat16
@@ -169,16 +169,30 @@ def _verdict(red=()):
     return _check.CheckResult(rows, failures, set(red), 0, 1.0, "a GPU")
 
 
+def _tuned(folder):
+    """What a tuning job of three seconds leaves."""
+    gpu = _tables.Gpu("a GPU", 90, 132, "3.7.1")
+    table = _tables.Table(str(folder / "cache" / "a-gpu.json"), gpu)
+    _tables.write(table)
+    return _tune.Tuned(table, measured=3, hash="0123456789ab")
+
+
 @pytest.mark.parametrize("red", [(), (("layer_norm", BF16),)])
 def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
-    clock, asked = Clock(), {}
+    clock, asked, order = Clock(), {}, []
+
+    def tune_kernels(device, seconds):
+        assert seconds == pytest.approx(0.9 * 0.2 * 120)
+        clock.now += 3
+        order.append("tune")
+        yield _tuned(tmp_path)
 
     def kernels_run(self, device, report, roofs, *, part, gate):
         (op,), dtype = self.op, getattr(torch, self.dtype[0])
         clock.now += 1
         quick = part == slice(1)
         asked[op, dtype, quick] = gate(all_specs()[op], dtype)
-        providers = ["eager", *([] if asked[op, dtype, quick] else ["triton"])]
+        providers = ["eager", *([] if asked[op, dtype, quick] else ["triton", "untuned"])]
         yield [Row("kernels", {"op": op, "quick": quick}, name, "events", (0.001, 0.002)) for name in providers]
 
     def train_groups(self, device, report):
@@ -194,8 +208,9 @@ def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "sm_count", lambda device: 132)
     monkeypatch.setattr(gpu, "supervise", _in_process)
     monkeypatch.setattr(gpu.Budget.__init__, "__defaults__", (clock,))
-    monkeypatch.setattr(gpu, "compile_all", lambda *a: (3, 3))
-    monkeypatch.setattr(gpu._check, "check", lambda *a, **k: _verdict(red))
+    monkeypatch.setattr(gpu, "compile_all", lambda *a: order.append("compile") or (3, 3))
+    monkeypatch.setattr(gpu, "tune_kernels", tune_kernels)
+    monkeypatch.setattr(gpu._check, "check", lambda *a, **k: order.append("check") or _verdict(red))
     monkeypatch.setattr(gpu.roofline, "measure", lambda *a: roofline.Roofs({65536: 1e-6}, {"bfloat16": 1e12}))
     monkeypatch.setattr(gpu, "proof_failure", lambda spec, dtype, device: "asked again")
     monkeypatch.setattr(gpu.Kernels, "run", kernels_run)
@@ -213,15 +228,19 @@ def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
         "report.html",
         "report.json",
         "report.md",
+        "tuned.json",
     ]
+    assert order == ["tune", "compile", "check"], "what is proven and measured is what was chosen"
     assert asked["layer_norm", BF16, True].startswith("not timed" if red else "")
     assert asked["bias_gelu", BF16, True] == "" and asked["bias_gelu", torch.float16, True] == "asked again"
     found = Report.read(tmp_path / "new" / "report.json")
     assert {row.kind for row in found.rows} == {"kernels", "train", "generate"}
+    assert found.machine["launch_tables"] == "0123456789ab" and found.method["tuned"].startswith("3 measured and kept")
     out = capsys.readouterr().out
     summary = out[out.rindex("comparisons with float64") :].splitlines()
     assert len(summary) < 60 and "triton" in out and "best other eager" in out
-    assert "[120 s left] training gpt2, batch 64" in out
+    assert any("triton" in line and "untuned 1.500 ms" in line for line in summary)
+    assert "[117 s left] training gpt2, batch 64" in out
     assert refusal(argv, capsys).endswith("name another file, or move that one away\n")
 
 
@@ -247,6 +266,22 @@ def test_without_a_check_each_kernel_is_proven_before_it_is_timed(tmp_path, monk
     assert result.failures == [f"{gpu.CHECK}: stopped, as it did not answer"] and set(asked) == set(all_specs())
     report = Report.read(tmp_path / "report.json")
     assert report.dropped == result.failures and report.missing == {"liger": "not installed"} and report.rows
+
+
+def test_tuning_ends_within_its_time(monkeypatch, tmp_path):
+    asked = {}
+    machine = type("Machine", (), {"gpu": _tables.Gpu("a GPU", 90, 132, "3.7.1")})()
+    monkeypatch.setenv("KERNELS_TABLES", str(tmp_path))
+    monkeypatch.setattr(gpu, "arch_of", lambda device: 90)
+    monkeypatch.setattr(gpu, "sm_count", lambda device: 132)
+    monkeypatch.setattr(gpu._tune, "Machine", lambda device: machine)
+    monkeypatch.setattr(
+        gpu._tune, "survey", lambda ops, dtypes, arch, sms, quick: asked.update(ops=ops) or ["a target"]
+    )
+    monkeypatch.setattr(gpu._tune, "tune", lambda *a, **options: (a, options))
+    ((args, options),) = gpu.tune_kernels(CPU, 77.0)
+    assert args == (machine, ["a target"], tmp_path / "a-gpu.json") and options == {"quick": True, "seconds": 77.0}
+    assert asked["ops"] == [*all_specs()]
 
 
 def test_summary_stays_short():

@@ -13,7 +13,7 @@ from torch._functorch import config as autograd_config
 from bench import kernels, peers, roofline, timing
 from bench.record import CONTROL, Report
 from bench.roofline import Roofs
-from kernels import _proof
+from kernels import _proof, _tables
 from kernels._registry import all_specs
 from kernels._triton import HAS_TRITON
 
@@ -90,8 +90,8 @@ def _disagreement(spec, fn, inputs, gradients=True):
 
 def test_peers_are_named_without_their_packages():
     assert {peer.op for peer in peers.PEERS} <= set(all_specs())
-    assert peers.known_providers("layer_norm") == ["triton", "eager", "compile", "liger", "fla"]
-    assert peers.known_providers("bias_gelu") == ["triton", "eager", "compile"]
+    assert peers.known_providers("layer_norm") == ["triton", "untuned", "eager", "compile", "liger", "fla"]
+    assert peers.known_providers("bias_gelu") == ["triton", "untuned", "eager", "compile"]
     assert len(set(peers.known_providers())) == len(peers.known_providers()) > 12
     assert {(p.op, p.provider) for p in peers.PEERS} >= peers.OVERWRITES
 
@@ -249,6 +249,24 @@ def test_cpu_cases_are_small():
 def test_cases_that_become_equal_are_timed_once():
     spec = dataclasses.replace(all_specs()["layer_norm"], bench_cases=tuple({"M": M, "N": 8} for M in (64, 127, 128)))
     assert kernels.cases(spec, CPU) == [{"M": 1, "N": 8}, {"M": 2, "N": 8}]
+
+
+def test_untuned_is_timed_beside_a_table_by_default_options_alone(monkeypatch):
+    """Forward and backward, in the call that is timed."""
+    spec, seen, missing = all_specs()["bias_gelu"], [], {}
+    monkeypatch.setattr(peers, "INTERPRET", False)
+    monkeypatch.setattr(peers, "device_problem", lambda *args: None)
+    assert "untuned" not in peers.providers(spec, CPU, missing) and not missing
+    assert "untuned" not in peers.providers(spec, CPU, missing, ["untuned"]) and "tune" in missing["untuned"]
+    monkeypatch.setattr(peers, "launch_tables", lambda device: "0123456789ab")
+    assert [*peers.providers(spec, CPU, {})][:2] == ["triton", "untuned"]
+    monkeypatch.setattr(
+        kernels, "make_call", lambda *args, **options: lambda: seen.append(_tables._override is not None)
+    )
+    case = kernels._Case(spec, {"M": 3, "N": 4}, torch.float32, CPU, {}, None, 0.1)
+    for name in ("triton", "untuned"):
+        case._maker(name, spec.fn, "both")()()
+    assert seen == [False, True] and _tables._override is None
 
 
 def test_case_text_has_no_reason():

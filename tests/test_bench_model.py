@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import generate, peer_models, train_step
 from bench.record import CONTROL, Report
 from bench.timing import Measured, Refused, error_line
-from kernels._triton import HAS_TRITON
+from kernels._triton import HAS_TRITON, NAMESPACE
 from model.config import PRESETS, GPTConfig
 from model.kv_cache import KVCache
 from model.training.memory import MemoryModel
@@ -52,8 +52,8 @@ def _train(providers, missing=None, *, batch=(2,), device=CPU, **options):
 
 def test_training_step_has_time_and_memory():
     missing = {}
-    (rows,) = _train(["eager", "hf", "triton", "triton+graph", "trainer", "hf+liger", "nanogpt"], missing)
-    assert set(rows) == {"eager", "hf", "trainer", CONTROL} and not any(row.error for row in rows.values())
+    (rows,) = _train(["eager", "hf", "hf+patch", "triton", "triton+graph", "trainer", "hf+liger", "nanogpt"], missing)
+    assert set(rows) == {"eager", "hf", "hf+patch", "trainer", CONTROL} and not any(row.error for row in rows.values())
     assert missing.keys() == {"triton", "triton+graph", "hf+liger", "nanogpt"}
     assert missing["triton"] == "needs a CUDA device" and "nanoGPT" in missing["nanogpt"]
     eager = rows["eager"]
@@ -85,8 +85,8 @@ def test_each_rung_of_the_ladder_runs_its_kernels(no_profiler):
             self.names = set()
 
         def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
-            if fn.namespace == "gpt2":
-                self.names.add(fn.name().removeprefix("gpt2::"))
+            if fn.namespace == NAMESPACE:
+                self.names.add(fn.name().removeprefix(f"{NAMESPACE}::"))
             return fn(*args, **(kwargs or {}))
 
     proof, ops = train_step._Proof(), {}

@@ -4,11 +4,11 @@ import itertools
 import random
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from reports import Page, charts_of
 
 from bench import __main__ as command
 from bench import charts, report, tables
@@ -309,38 +309,6 @@ def test_the_control_is_no_competitor(reports, text):
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Tags with their attributes; fails on tags that are closed out of order."""
-
-    VOID = ("meta", "br", "link", "img", "input", "hr")
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.open, self.heads = [], [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "button":
-            self.heads.append(self.open[-2])
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.tags if name == tag]
-
-
-def charts_of(page):
-    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
 
 
 def test_page_is_self_contained(page):

@@ -69,6 +69,18 @@ def test_check_out_of_time_reaches_every_kernel_first(specs):
     assert f"no time for {result.skipped} cases" in result.line() and "FAILED" in result.line()
 
 
+@pytest.mark.parametrize("cases", [(), None])
+def test_check_that_compares_nothing_is_an_error(cases, specs, capsys):
+    """No kernel, or none that has a case, proves nothing."""
+    if cases is not None:
+        specs["scale"] = dataclasses.replace(_scale_spec(1.0), cases=cases)
+    assert command.main(["check", "--quick"]) == 2
+    assert capsys.readouterr().err == "error: nothing was compared, so nothing is proven: no kernel has a case\n"
+    specs["scale"] = _scale_spec(1.0)
+    with pytest.raises(_check.NothingCompared, match="no time for a case"):
+        _check.check(["scale"], [torch.float32], torch.device("cpu"), out_of_time=lambda: True)
+
+
 def test_check_reports_a_raising_kernel_and_continues(specs, capsys):
     def broken(x):
         raise RuntimeError("no such register")
@@ -98,8 +110,9 @@ def test_tolerance_rule():
         _proof.compare("op", {}, "y", got.half(), eager, truth, gradient=False)
 
 
-def test_command_describes_this_machine(capsys):
-    assert command.main([]) == 0
+@pytest.mark.parametrize("argv", [[], ["info"]])
+def test_command_describes_this_machine(argv, capsys):
+    assert command.main(argv) == 0
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out
     assert "backend auto picks: " in out and all(name in out for name in all_specs())

@@ -21,6 +21,7 @@ from bench import report, tables
 from bench.record import Report
 from kernels import _proof
 from kernels._registry import all_specs
+from kernels._triton import INTERPRET
 from model.training.options import TrainConfig, preset_names
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,7 @@ SHORTER = {
     "python -m model.tokenizer": ["--vocab-size", "270"],
     "python -m model.generate": ["--tokens", "20"],
     "python -m kernels check": ["--op", "bias_gelu", "--quick"],
+    "python -m kernels tune": ["--op", "bias_gelu", "--quick", "--dry-run", "90"],
     "python -m bench static": ["--op", "bias_gelu", "--bench-only"],
     "python -m bench kernels": ["--op", "bias_gelu", "--quick", "--provider", "eager", "--seconds", "0.01"],
     "python -m bench train": [
@@ -95,17 +97,22 @@ MAKE = {  # what a target runs; the rest is installation
     "cuda-trace": "python -m pytest -q -n auto -m long tests/test_fake_cuda.py",
     "as-with-gpu": "python -m pytest -n auto --dist loadfile -m 'not long'",
     "llama": "python -m pytest -q -m long tests/test_llama.py",
+    "browser": "python -m pytest -q tests/test_explore_browser.py",
     "notebooks": "jupyter lab notebooks",
     "notebooks-run": "python notebooks/regenerate.py",
     "exchange": "python -m pytest -q -m slow tests/test_exchange.py",
+    "track": "python -m pytest -q -m 'slow or not slow' tests/test_track.py",
     "lint": "ruff check",
     "format": "ruff format",
 }
 PROCESS = {  # what needs a process of its own: several of them, a pytest in pytest, kernels that are not interpreted
     "torchrun": ["-m", "torch.distributed.run"],
     "pytest": ["-m", "pytest"],
+    "python -m kernels tune": ["-m", "kernels", "tune"],
     "python -m bench static": ["-m", "bench", "static"],
 }
+if not INTERPRET:  # then it starts itself anew, interpreted, in the place of this process
+    PROCESS["python -m kernels check"] = ["-m", "kernels", "check"]
 SLOW = (*PROCESS, *(f"python -m bench {what}" for what in ("kernels", "train", "quality", "generate", "memory")))
 
 

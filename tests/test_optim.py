@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -25,6 +26,7 @@ from model.training.optim import (
     lr_at,
     optimizer_state,
     orthogonalize,
+    planned,
     set_lr,
 )
 
@@ -492,6 +494,32 @@ def test_lr_is_bounded_and_never_rises_after_warm_up(steps, warmup, cooldown, lo
     rate = lr_at(step, **options)
     assert min(low, 1.0 / (warmup + 1)) - 1e-12 <= rate <= 1.0 + 1e-12
     assert step < warmup or lr_at(step + 1, **options) <= rate + 1e-12
+
+
+def test_new_plan_goes_through_the_rest_of_the_schedule():
+    plan = [(15, 65), (40, 90), (65, 70)]  # half of the way in 25 steps, a quarter in 25 more, the rest in 5
+    places = [planned(step, plan, warmup_steps=14) for step in (16, 40, 41, 65, 66, 70)]
+    assert places == [16, 40, 40.5, 52.5, 55, 65]
+    assert [planned(step, plan[:1], 14) for step in (16, 40, 65)] == [16, 40, 65]  # exactly
+    assert [planned(step, plan, 3) for step in (15, 40, 70)] == [4, 4 + 61 / 2, 65]  # the peak was held until then
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 60)), min_size=1, max_size=5),
+    warmup=st.integers(0, 60),
+    schedule=st.sampled_from(SCHEDULES),
+)
+def test_rate_never_jumps_at_a_plan_and_its_past_stays(steps, warmup, schedule):
+    """steps: (from one plan to the next, from there to the end that it plans)."""
+    ats = [*itertools.accumulate(gap for gap, _ in steps)]
+    plan = [(at, at + max(1, left)) for at, (_, left) in zip(ats, steps, strict=True)]
+    plan = [pair for i, pair in enumerate(plan) if all(pair[0] < before[1] for before in plan[:i])]
+    last = plan[-1][1]
+    places = [planned(step, plan, warmup) for step in range(plan[0][0], last + 1)]
+    assert places[0] == min(plan[0][0], warmup + 1) and places[-1] == pytest.approx(plan[0][1])
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(places))
+    for i, (at, _) in enumerate(plan[1:], 1):
+        assert planned(at, plan[: i + 1], warmup) == planned(at, plan[:i], warmup) == planned(at, plan, warmup)
 
 
 # --- the moving average

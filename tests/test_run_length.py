@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import signal
@@ -10,9 +12,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from trainer import ROOT, SMALL, call, losses, other_lr, rows, snapshot, state
+from trainer import ROOT, SMALL, call, losses, other_lr, refused, rows, snapshot, state
 
 import model.training.log
 import model.training.step
@@ -24,8 +27,10 @@ from model.training.options import preset
 
 
 @pytest.fixture
-def ticking(monkeypatch) -> dict[str, float]:
-    """A clock of the run's log: a step takes 1 s, an evaluation 5 s, a checkpoint 2 s. The values may be changed."""
+def ticking(monkeypatch) -> dict[str, Any]:
+    """A clock of the run's log: a step takes 1 s, an evaluation 5 s, a checkpoint 2 s. The values may be changed, also
+    into functions of the time."""
+    takes: dict[str, Any]
     takes, now = {"step": 1.0, "evaluation": 5.0, "checkpoint": 2.0}, [0.0]
     monkeypatch.setattr(model.training.log, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
@@ -33,7 +38,7 @@ def ticking(monkeypatch) -> dict[str, float]:
         work = getattr(owner, name)
 
         def wrapped(*args, **kwargs):
-            now[0] += takes[what]
+            now[0] += takes[what](now[0]) if callable(takes[what]) else takes[what]
             return work(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, wrapped)
@@ -54,7 +59,7 @@ def test_minutes_choose_the_steps_and_store_them(here, capsys, ticking):
     assert "step 00010 | loss " in out and "step 00062/00062 | validation loss" in out
     assert out.count("\n62 steps in 1:58; ") == 1
     cfg, found = options.stored_config(folder), rows(folder)
-    assert (cfg.steps, cfg.minutes) == (62, 2.0)
+    assert (cfg.steps, cfg.minutes) == (62, 2.0) and {steps for _, steps in cfg.plan} == {62}
     assert [row["step"] for row in found if row["val_loss"]] == [10, 15, 20, 30, 40, 50, 60, 62]
     assert found[-1]["elapsed_s"] == 118.0 and checkpoint.load(folder).state["elapsed_s"] == 111.0
     rates = [row["lr"] for row in found if row["lr"] is not None and row["step"] > 2]
@@ -68,7 +73,8 @@ def test_minutes_choose_the_steps_and_store_them(here, capsys, ticking):
 
 
 def test_resume_with_minutes_is_bitwise_equal(here, monkeypatch, ticking):
-    """And so is a run with --steps, where the warm-up was not over when they were chosen."""
+    """And so is a run with --steps, where the warm-up was not over when they were chosen and the speed was constant;
+    and one by an older version, which stored no plan."""
     flags = [*SMALL, "--warmup-steps", 15]
     assert call(*flags, "--minutes", 2, "--out", "straight") == 0
     for stop, steps in ((8, 0), (33, 62)):
@@ -78,15 +84,20 @@ def test_resume_with_minutes_is_bitwise_equal(here, monkeypatch, ticking):
             assert call(*flags, "--minutes", 2, "--out", out, "--or-resume") == 143
         assert options.stored_config(here / out).steps == steps
         assert "finished" not in (here / out / "report.html").read_text().split("</header>")[0]
+        path = here / out / "config.json"
+        older = json.loads(path.read_text())
+        assert bool(older["train"].pop("plan")) == (stop == 33)
+        path.write_text(json.dumps(older))
         assert call(*flags, "--minutes", 2, "--out", out, "--or-resume") == 0
     assert state(here / "stopped-33", 62) == state(here / "straight", 62)
-    assert [row for row in losses(here / "stopped-33") if row[0] != 33] == losses(here / "straight")
+    both = [{row[:4:3]: row for row in losses(here / out) if row[0] % 5 == 0} for out in ("stopped-33", "straight")]
+    assert both[0] == both[1]  # further rows are of steps at which it was planned anew
     assert call(*flags, "--steps", 62, "--out", "steps") == 0
     assert state(here / "steps", 62) == state(here / "straight", 62)
     assert options.stored_config(here / "stopped-8").steps == rows(here / "stopped-8")[-1]["step"] > 50
 
 
-@pytest.mark.parametrize(("slow_from", "last"), [(1, 6), (20, 49)], ids=["before the choice", "after it"])
+@pytest.mark.parametrize(("slow_from", "last"), [(1, 6), (59, 61)], ids=["before the first plan", "after the last"])
 def test_deadline_ends_a_run_that_became_slower(here, capsys, monkeypatch, ticking, slow_from, last):
     other_lr(monkeypatch, slow_from, lambda: ticking.update(step=20.0 if last == 6 else 2.0))
     assert call(*SMALL, "--minutes", 2) == 0
@@ -98,12 +109,77 @@ def test_deadline_ends_a_run_that_became_slower(here, capsys, monkeypatch, ticki
     assert call("--resume", "runs/tiny") == 0 and "is finished after" in capsys.readouterr().out
 
 
+SPEEDS = {  # seconds of a step at a time, of 120 s
+    "constant": lambda now: 1.0,
+    "slow start": lambda now: 2.0 if now < 24 else 1.0,
+    "faster midway": lambda now: 2.0 if now < 60 else 1.0,
+    "slower midway": lambda now: 1.0 if now < 60 else 2.0,
+    "slow end": lambda now: 1.0 if now < 110 else 2.0,  # after the last plan
+    "bursts": lambda now: 3.0 if now % 30 < 8 else 1.0,
+}
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_minutes_are_used_whatever_the_speed(here, capsys, ticking, speed):
+    ticking |= {"step": SPEEDS[speed], "evaluation": 1.0, "checkpoint": 0.5}
+    assert call(*SMALL, "--minutes", 2, "--eval-every", 50, "--save-every", 50, "--log-every", 1, "--out", "run") == 0
+    cfg, found = options.stored_config(here / "run"), rows(here / "run")
+    assert 0.92 * 120 < found[-1]["elapsed_s"] <= 120 + 2  # the step that crosses it
+    assert cfg.steps == found[-1]["step"] and [at for at, _ in cfg.plan] == sorted({at for at, _ in cfg.plan})
+    rates = [row["lr"] for row in found if row["lr"] is not None and row["step"] > 2]
+    falls = [before - after for before, after in itertools.pairwise(rates)]
+    assert min(falls) >= 0 and max(falls) < 4e-4  # of 9e-3: it never jumps
+    assert rates[-1] < 1e-3 * (1.2 if speed == "slow end" else 1.02)
+    is_known_at_first = speed in ("constant", "slow end")
+    planned = len(set(dict(cfg.plan).values()))
+    assert ("steps fit into 2 minutes now, not" in capsys.readouterr().out) == (planned > 1) == (not is_known_at_first)
+
+
+def repeated(here: Path, folder: Path) -> Path:
+    """A run without a stop and without a clock, by the plan that `folder` has recorded."""
+    cfg = options.stored_config(folder)
+    (here / "again.toml").write_text(f"preset = 'tiny'\nplan = {list(map(list, cfg.plan))}\nsteps = {cfg.steps}\n")
+    assert call(*SMALL, "--preset", "again.toml", "--out", "again") == 0
+    return here / "again"
+
+
+@pytest.mark.parametrize(("crash", "resume_at", "pace"), [(0, 0, 1.0), (36, 30, 1.5), (36, 10, 4.0)])
+def test_resumed_run_keeps_the_plan(here, monkeypatch, ticking, crash, resume_at, pace):
+    """It crashes after the machine became faster, and resumes before the steps of its last plans; the machine is slow
+    again, once so slow that the time for another plan comes before them. What it computes depends on the plan alone."""
+
+    def fail():
+        raise SystemExit("crashed")
+
+    ticking["step"] = lambda now: 2.0 if now < 60 else 1.0
+    if crash:
+        with monkeypatch.context() as patch:
+            other_lr(patch, crash, fail)
+            assert call(*SMALL, "--minutes", 2, "--keep-last", 9, "--out", "run") == "crashed"
+        before = options.stored_config(here / "run").plan
+        assert before[-1][0] > resume_at and before[-1][1] > before[0][1]
+        ticking["step"] = pace
+        assert call("--resume", "run", "--checkpoint", f"step-{resume_at:08d}") == 0
+        plan = options.stored_config(here / "run").plan
+        assert plan[: len(before)] == before and list(plan) == sorted(plan)
+    else:
+        assert call(*SMALL, "--minutes", 2, "--out", "run") == 0
+    steps = options.stored_config(here / "run").steps
+    again = repeated(here, here / "run")
+    assert state(here / "run", steps) == state(again, steps)
+
+
+def test_damaged_plan_is_refused(here, capsys):
+    (here / "bad.toml").write_text("preset = 'tiny'\nplan = [[1, 2, 3]]\n")
+    refused(here, capsys, [*SMALL, "--preset", "bad.toml"], "bad.toml: plan must be pairs of steps, got [[1, 2, 3]]")
+
+
 def test_more_steps_take_the_place_of_minutes(here, ticking):
     assert call(*SMALL, "--minutes", 1) == 0
     steps = options.stored_config(here / "runs/tiny").steps
     assert call("--resume", "runs/tiny", "--steps", steps + 5) == 0
     cfg = options.stored_config(here / "runs/tiny")
-    assert (cfg.steps, cfg.minutes) == (steps + 5, 0.0) and rows(here / "runs/tiny")[-1]["elapsed_s"] > 60
+    assert (cfg.steps, cfg.minutes, cfg.plan) == (steps + 5, 0.0, ()) and rows(here / "runs/tiny")[-1]["elapsed_s"] > 60
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import sass
+from kernels import _sass as sass
 
 FILLER = ("IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28]",) * 10
 

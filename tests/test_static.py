@@ -14,6 +14,7 @@ import torch
 from bench import static
 from kernels._compile import launches, unknown_to_ptxas
 from kernels._launch import Launch
+from kernels._machine_code import _aligned, _blocks_per_sm, _wanted
 from kernels._registry import all_specs
 from kernels._triton import HAS_TRITON
 
@@ -189,7 +190,7 @@ def _broken_kernel(x_ptr, N, BLOCK: tl.constexpr):
         y = tl.no_such_function(N)
     tl.store(x_ptr + offs, y)
 
-@torch.library.custom_op("gpt2::broken", mutates_args=())
+@torch.library.custom_op("mine::broken", mutates_args=())
 def broken(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty_like(x)
     launch(_broken_kernel, (1,), y, 48, BLOCK=x.shape[-1])
@@ -262,33 +263,36 @@ def test_problem_is_named(change, words):
 def test_products_are_read_from_the_program():
     line = "%s = tt.dot %q, %k, %c, inputPrecision = {} : tensor<{}x64x{}> * tensor<64x32x{}> -> tensor<{}x32xf32>"
     program = lambda m, dtype, precision="tf32": line.format(precision, m, dtype, dtype, m)  # noqa: E731
-    assert static._wanted(program(64, "bf16"), 90, 4) == "HGMMA"
-    assert static._wanted(program(32, "bf16"), 90, 4) == static._wanted(program(64, "bf16"), 80, 4) == "MMA"
-    assert static._wanted(program(64, "f16"), 90, 2) == "MMA"
-    assert static._wanted(program(64, "f32"), 90, 4) == "HGMMA"
-    assert static._wanted(program(64, "f32", "ieee"), 90, 4) == static._wanted("tt.load", 90, 4) == ""
+    assert _wanted(program(64, "bf16"), 90, 4) == "HGMMA"
+    assert _wanted(program(32, "bf16"), 90, 4) == _wanted(program(64, "bf16"), 80, 4) == "MMA"
+    assert _wanted(program(64, "f16"), 90, 2) == "MMA"
+    assert _wanted(program(64, "f32"), 90, 4) == "HGMMA"
+    assert _wanted(program(64, "f32", "ieee"), 90, 4) == _wanted("tt.load", 90, 4) == ""
 
 
 def test_where_wide_loads_are_expected():
     kernel = SimpleNamespace(arg_names=["x_ptr", "stride_xm", "stride_xn", "N"])
 
     def ask(*strides, start=0):
-        return static._aligned(Launch(kernel, (1,), (torch.empty(64)[start:], *strides, 48)))
+        return _aligned(Launch(kernel, (1,), (torch.empty(64)[start:], *strides, 48)))
 
     assert ask(48, 1) and ask(1, 48)
     assert not ask(33, 1) and not ask(48, 2) and not ask(1, 1) and not ask(48, 32) and not ask(48, 1, start=1)
     bare = SimpleNamespace(arg_names=["x_ptr", "N"])
-    assert not static._aligned(Launch(bare, (1,), (torch.empty(64), 48)))
+    assert not _aligned(Launch(bare, (1,), (torch.empty(64), 48)))
     packed = SimpleNamespace(arg_names=["x", "stride_x"])  # the strides of a tensor as one tuple
-    assert static._aligned(Launch(packed, (1,), ((torch.empty(64), None), (48, 1))))
-    assert not static._aligned(Launch(packed, (1,), ((torch.empty(64), None), (1, 1))))
-    assert not static._aligned(Launch(packed, (1,), ((None, torch.empty(64)[1:]), (48, 1))))
+    assert _aligned(Launch(packed, (1,), ((torch.empty(64), None), (48, 1))))
+    assert not _aligned(Launch(packed, (1,), ((torch.empty(64), None), (1, 1))))
+    assert not _aligned(Launch(packed, (1,), ((None, torch.empty(64)[1:]), (48, 1))))
+    several = SimpleNamespace(arg_names=["x", "strides"])
+    assert _aligned(Launch(several, (1,), (torch.empty(64), ((48, 1), (1, 32)))))
+    assert not _aligned(Launch(several, (1,), (torch.empty(64), ((48, 1), (40, 1)))))
 
 
 def test_blocks_on_a_multiprocessor():
-    assert static._blocks_per_sm(90, registers=128, shared=65536, num_warps=8, tensor_columns=0) == 2  # registers
-    assert static._blocks_per_sm(90, registers=129, shared=65536, num_warps=8, tensor_columns=0) == 1
-    assert static._blocks_per_sm(90, registers=32, shared=73728, num_warps=4, tensor_columns=0) == 3  # shared memory
-    assert static._blocks_per_sm(86, registers=32, shared=0, num_warps=8, tensor_columns=0) == 6  # threads
-    assert static._blocks_per_sm(86, registers=16, shared=0, num_warps=1, tensor_columns=0) == 16  # blocks
-    assert static._blocks_per_sm(100, registers=32, shared=0, num_warps=4, tensor_columns=256) == 2  # tensor memory
+    assert _blocks_per_sm(90, registers=128, shared=65536, num_warps=8, tensor_columns=0) == 2  # registers
+    assert _blocks_per_sm(90, registers=129, shared=65536, num_warps=8, tensor_columns=0) == 1
+    assert _blocks_per_sm(90, registers=32, shared=73728, num_warps=4, tensor_columns=0) == 3  # shared memory
+    assert _blocks_per_sm(86, registers=32, shared=0, num_warps=8, tensor_columns=0) == 6  # threads
+    assert _blocks_per_sm(86, registers=16, shared=0, num_warps=1, tensor_columns=0) == 16  # blocks
+    assert _blocks_per_sm(100, registers=32, shared=0, num_warps=4, tensor_columns=256) == 2  # tensor memory

@@ -313,7 +313,7 @@ def test_diagnose_names_the_first_bad_module():
     step = build(DROPOUT)
     run(step, 2)
     module = step.model.transformer.h[1].mlp
-    module.register_forward_hook(lambda module, arguments, output: output / 0)
+    module.register_forward_hook(lambda module, arguments, output: tuple(t / 0 for t in output))
     idx, targets = tokens(4, seed=3, micro_steps=2)
     step(idx, targets, step=3, lr=1e-2)
     before = weights(step)

@@ -161,9 +161,11 @@ class Canvas:
             x += width
         return y + LINE + 1
 
-    def x_axis(self, scale: Scale, top: float, bottom: float, unit: str = "", room: float = 34) -> None:
-        """Grid lines from top to bottom, with labels below."""
-        for tick in scale.ticks(room):
+    def x_axis(
+        self, scale: Scale, top: float, bottom: float, unit: str = "", room: float = 34, whole: bool = False
+    ) -> None:
+        """Grid lines from top to bottom, with labels below; only at whole numbers if asked for."""
+        for tick in [tick for tick in scale.ticks(room) if not whole or abs(tick - round(tick)) < 1e-9]:
             self.line(scale(tick), top, scale(tick), bottom, "grid")
             text = f"{tick_text(tick)}{unit}"
             x = min(scale(tick), self.width - text_width(text) / 2)
@@ -243,12 +245,14 @@ def curves(
     since: float = 0.0,
     log: bool = False,
     zero: bool = False,
+    whole: bool = False,
     width: int = WIDTH,
 ) -> str:
     """Curves and marks over one x axis that begins at `since`; empty without a point.
 
     bands: (x, tooltip), shown where the pointer is nearest to x. keys: of the legend. log: logarithmic y. zero: y
-    starts at 0. width: WIDTH, WIDE, or PICTURE for a file of its own, with its title and style.
+    starts at 0. whole: x is labelled at whole numbers. width: WIDTH, WIDE, or PICTURE for a file of its own, with its
+    title and style.
     """
     drawn = [Curve(c.x[keep], c.y[keep], c.kind, c.tip) for c in drawn if (keep := c.x >= since).any()]
     marks = [mark for mark in marks if mark.x >= since]
@@ -269,7 +273,8 @@ def curves(
         canvas.write(4, 24, title, kind="heading")
     canvas.y_axis(y, left, width - MARGIN)
     room = 34.0  # for most tick labels; more for long ones
-    canvas.x_axis(x, top, bottom, room=max(room, *(1.5 * text_width(tick_text(tick)) for tick in x.ticks(room))))
+    room = max(room, *(1.5 * text_width(tick_text(tick)) for tick in x.ticks(room)))
+    canvas.x_axis(x, top, bottom, room=room, whole=whole)
     canvas.write((left + width) / 2, bottom + 28, x_label, "middle", "quiet")
     for c in drawn:
         keep = thin(c.x, c.y, int(width - left) // 2)

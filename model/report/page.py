@@ -24,7 +24,7 @@ from model.training import options
 from model.training.flops import parameters
 from model.training.run_folder import METRICS, resume_command
 
-PAGE, SAMPLE = "report.html", "sample.txt"  # in the folder of a run
+PAGE, EXPLORE, SAMPLE = "report.html", "explore.html", "sample.txt"  # in the folder of a run
 _GOAL = ("reached", "step", "tokens", "elapsed_s")  # of the row that has reached --until-loss
 MOST_BANDS, MOST_VALIDATIONS, MOST_SKIPPED, MOST_SAMPLES = 60, 200, 200, 40
 
@@ -133,11 +133,12 @@ def _progress(run: History) -> str:
 
 def _commands(run: History) -> list[tuple[str, str]]:
     """What can be done next: (purpose, command)."""
-    folder = shlex.quote(str(run.folder))
+    folder, page_file = shlex.quote(str(run.folder)), shlex.quote(str(run.folder / EXPLORE))
     more = " --until-loss 0" * run.at_goal + f" --steps {2 * run.steps}" * (run.done >= run.steps)
     return [
         ("train longer" if more else "resume after a stop", resume_command(run.folder) + more),
         ("generate text with the best weights", f"python -m model.generate {folder}"),
+        ("run them in a browser, and look inside", f"python -m model.explore {folder} {page_file}"),
         ("evaluate them on all of the validation text", f"python -m model.evaluate {folder}"),
         ("compare with another run", f"python -m model.report {folder} OTHER"),
     ]

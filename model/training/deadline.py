@@ -1,12 +1,15 @@
-"""--minutes: the number of steps that fits into a time, measured once, and a guard for where it does not.
+"""--minutes: the number of steps that fits into a time, planned by measuring, and a guard for where it does not.
 
     cost(S) = (S - step) step_s + evaluations eval_s + checkpoints save_s          from `step` to the end of S steps
     steps   = the largest S with elapsed_s + cost(S) <= (1 - MARGIN) seconds, rounded down to three digits
 
-The learning rate follows the number of steps, and a resumed run must not choose another: so it is chosen early, and
-stored. Until then the rate is that of the warm-up, and then its peak, from which every schedule falls. The time is
-elapsed_s of the log, over all invocations. If the machine becomes slower, the run ends at the deadline all the same:
-before its last step, with its evaluation and its checkpoint in time.
+The first plan is made early. Until then the rate is that of the warm-up, and then its peak, from which every schedule
+falls. As a machine may be slower or faster later, the run is planned anew after each of SHARES, of the time or of the
+steps, by the pace since the plan before; the learning rate then goes through the rest of its schedule in the steps that
+are left (`optim.planned`). Every decision is recorded with its step, also that nothing changes, and a resumed run
+repeats what is recorded, which depends on steps alone. The time is elapsed_s of the log, over all invocations. If the
+machine becomes slower after the last plan, the run ends at the deadline all the same: before its last step, with its
+evaluation and its checkpoint in time.
 """
 
 from __future__ import annotations
@@ -16,12 +19,13 @@ import math
 from collections.abc import Callable
 
 from model.training.log import Log
-from model.training.options import TrainConfig
+from model.training.options import Plan, TrainConfig
 from model.training.parallel import World
 
 WARM_UP_STEPS = 5  # at the beginning of an invocation: they compile, allocate and capture
-LEAST_STEPS, SHARE = 10, 0.06  # are measured after that: so many steps, and so much of the time
-MARGIN = 0.01
+LEAST_STEPS = 10  # are measured for a plan
+SHARES = (0.06, 0.25, 0.5, 0.75, 0.9)  # measured for the first plan, and gone by at each of the others
+MARGIN, CHANGE = 0.01, 0.02  # left free, and the smallest change that is worth another number of steps
 
 
 def steps_that_fit(
@@ -47,15 +51,14 @@ def steps_that_fit(
 
 
 class Deadline:
-    """When a run with --minutes ends. Rank 0 decides: elsewhere `is_over` and `is_measured` are always False."""
+    """When a run with --minutes ends. Rank 0 decides: elsewhere `is_over` and `is_due` are always False."""
 
     def __init__(self, cfg: TrainConfig, world: World, log: Log, done: int) -> None:
-        """log: has the clock. done: steps before this invocation."""
+        """cfg: the trainer sets it anew with each plan. log: has the clock. done: steps before this invocation."""
         self.cfg, self.elapsed_s, self.show, self.seconds = cfg, log.elapsed_s, log.line.print, 60 * cfg.minutes
         self.decides = cfg.minutes > 0 and world.rank == 0
-        self.is_open = cfg.minutes > 0 and cfg.steps == 0  # whether the number of steps is yet to be chosen
-        self.first_step = done + WARM_UP_STEPS if self.is_open else 0  # the measurement begins at its end
-        self.begun: tuple[int, float] | None = None  # that step, and when it ended
+        self.first_step = done + WARM_UP_STEPS if cfg.minutes > 0 else 0  # the measurement begins at its end
+        self.begun: tuple[int, float] | None = None  # the step at whose end it began, and when that was
         self.latest = {"evaluation": 0.0, "checkpoint": 0.0}  # seconds
         self.paused = 0.0  # seconds of all of these since the measurement began
 
@@ -71,31 +74,43 @@ class Deadline:
         if step == self.first_step:
             self.begun, self.paused = (step, self.elapsed_s()), 0.0
 
-    def is_measured(self, step: int) -> bool:
-        """Whether enough steps have been measured to choose their number."""
-        if not (self.decides and self.is_open and self.begun) or step < self.begun[0] + LEAST_STEPS:
+    def is_due(self, step: int) -> bool:
+        """Whether the run is to be planned, or planned anew, at `step`. What has been recorded for later steps holds,
+        so that a resumed run does what the first one did."""
+        plan = self.cfg.plan
+        if not (self.decides and self.begun) or step < self.begun[0] + LEAST_STEPS or len(plan) == len(SHARES):
             return False
-        return self.elapsed_s() - self.begun[1] - self.paused >= SHARE * self.seconds
+        if not plan:
+            return self.elapsed_s() - self.begun[1] - self.paused >= SHARES[0] * self.seconds
+        if step <= plan[-1][0] or not all(self.latest.values()):  # a resumed run has timed neither at first
+            return False
+        return max(self.elapsed_s() / self.seconds, step / self.cfg.steps) >= SHARES[len(plan)]
 
     def is_over(self) -> bool:
         """Whether only an evaluation and a checkpoint fit into what is left."""
         return self.decides and self.elapsed_s() + sum(self.latest.values()) >= self.seconds
 
-    def choose_steps(self, step: int) -> int:
-        """The number of steps of the run, after an evaluation and a checkpoint at `step`; to be called once."""
+    def plan(self, step: int) -> Plan:
+        """The plan with what is decided at `step`: after an evaluation and a checkpoint, if it is the first."""
         assert self.begun is not None
         begin, start = self.begun
-        self.is_open = False
-        step_s = (self.elapsed_s() - start - self.paused) / (step - begin)
+        now, plan, before = self.elapsed_s(), self.cfg.plan, self.cfg.steps
+        step_s = (now - start - self.paused) / (step - begin)
         eval_s, save_s = self.latest["evaluation"], self.latest["checkpoint"]
         steps = steps_that_fit(
-            (1 - MARGIN) * self.seconds - self.elapsed_s(), step, step_s=step_s, eval_s=eval_s, save_s=save_s,
+            (1 - MARGIN) * self.seconds - now, step, step_s=step_s, eval_s=eval_s, save_s=save_s,
             eval_every=self.cfg.eval_every, save_every=self.cfg.save_every,
         )  # fmt: skip
-        steps = max(step, steps - steps % 10 ** max(0, len(str(steps)) - 3))
+        steps = max(step + bool(plan), steps - steps % 10 ** max(0, len(str(steps)) - 3))
+        self.begun, self.paused = (step, now), 0.0
         each = f"{1e3 * step_s:.1f} ms each, {eval_s:.1f} s an evaluation, {save_s:.1f} s a checkpoint"
-        self.show(f"{steps} steps fit into {self.cfg.minutes:g} minutes: {each}")
-        return steps
+        if not plan:
+            self.show(f"{steps} steps fit into {self.cfg.minutes:g} minutes: {each}")
+        elif abs(steps - before) > CHANGE * before:
+            self.show(f"{steps} steps fit into {self.cfg.minutes:g} minutes now, not {before}: {each}")
+        else:
+            steps = before
+        return (*plan, (step, steps))
 
     def end(self, step: int, steps: int) -> int:
         """Say that the run ends at `step` of `steps`, 0 if they have not been chosen -> `step`."""

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a line, metrics.jsonl, samples.jsonl, report.html, and TensorBoard if asked for."""
+"""What a run shows while it trains: a line, metrics.jsonl, samples.jsonl, report.html, and --track."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from kernels import launch_tables
 from model.cli import LiveLine, UserError, clock
 from model.config import GPTConfig
 from model.training import run_folder
 from model.training.flops import mfu, peak_flops
 from model.training.options import TrainConfig
 from model.training.parallel import World
+from model.training.track import Tracker
 
 COLUMNS = ("loss", "val_loss", "lr", "grad_norm", "step_ms", "tok_per_s", "mfu", "peak_mib", "skipped", "reached")
 
@@ -48,8 +50,12 @@ class Log:
         self.val_loss: float | None = None
         self.start = time.perf_counter() - elapsed_s
         self.publish_page, self.page_written, self.page_s = publish, 0.0, 0.0
+        hashed = launch_tables(world.device)
+        self.tables = {"tables": hashed} if hashed else {}
         self.line = LiveLine()
-        self.tensorboard = _tensorboard(folder) if cfg.tensorboard and self.is_writer else None
+        self.tracker: Tracker | None = None
+        if cfg.track != "none" and self.is_writer:
+            self.tracker = Tracker(cfg.track, folder, cfg.run_options(), done=done, warn=self.line.print)
         self.restart_clock(done)
 
     def __enter__(self) -> Log:
@@ -61,8 +67,8 @@ class Log:
     def __exit__(self, *error: Any) -> None:
         self.line.__exit__(*error)
         self.metrics.close()
-        if self.tensorboard:
-            self.tensorboard.close()
+        if self.tracker:
+            self.tracker.close()
         if self.is_writer and run_folder.has_begun(self.folder):
             self._write_page()
 
@@ -128,8 +134,8 @@ class Log:
     def sample(self, step: int, text: str) -> None:
         with self._path(run_folder.SAMPLES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "text": text}) + "\n")
-        if self.tensorboard:
-            self.tensorboard.add_text("sample", text, step)
+        if self.tracker:
+            self.tracker.log(step, {"sample": text})
 
     def publish(self) -> None:
         """Update report.html, unless that would take more than a twentieth of the time."""
@@ -149,10 +155,9 @@ class Log:
         finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         row = {"step": step, "tokens": step * self.tokens_per_step, **dict.fromkeys(COLUMNS), **finite}
         elapsed_s = self.elapsed_s()
-        self.metrics.write(json.dumps({**row, "elapsed_s": elapsed_s}) + "\n")
-        if self.tensorboard:
-            for name, value in finite.items():
-                self.tensorboard.add_scalar(name, value, step)
+        self.metrics.write(json.dumps({**row, "elapsed_s": elapsed_s, **self.tables}) + "\n")
+        if self.tracker:
+            self.tracker.log(step, finite)
         return elapsed_s
 
 
@@ -166,11 +171,3 @@ def _peak_mib(device: torch.device) -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the tensorboard package: pip install tensorboard, or omit it") from None
-    return SummaryWriter(folder / "tensorboard")  # type: ignore[no-untyped-call]

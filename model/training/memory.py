@@ -111,7 +111,8 @@ class MemoryModel:
                           the same tensor); then, that input freed, those of the gelu's output and input, 8
         mask              eager, `recompute`, dropout: the second mask of a block while it is written out
         attention         eager, dropout: its backward pass on a CPU, the writing out of its mask with `recompute`
-        c_attn, backward  all gradients but that of the position table, that of c_attn's weight in `dtype` too, 3 rows
+        c_attn, backward  all gradients but that of the position table, on a CPU that of c_attn's weight in `dtype` too,
+                          3 rows
         end               all gradients, and that of the token table again: from the output head, from the embedding,
                           and their sum, a third tensor unless autograd may write it over the first (eager); or the
                           rows' gradient in float32 in its place
@@ -264,13 +265,14 @@ class _Step:
         C, row, model = self.C, self.row, self.model
         below = self.embedding + self.ids + self.table
         weight = 4 * C * C  # elements of mlp.c_proj's
+        copy = 0 if self.card else self.copy  # of a weight's gradient: a GPU makes it in float32
         moments = []
         for layer in range(self.L):
             above = 0 if model.accumulate else (self.L - 1 - layer) * (self._inner_gradients // self.L)
             inputs = below + above + layer * self.saved + 2 * row
             whole = inputs + self.block - 2 * row - self.mask  # the last mask is freed, or not written yet
-            product = (6 if self.config.resid_pdrop else 5) * row + weight * self.size  # mlp.c_proj's gradients
-            cast = row + weight * (self.copy + 4)  # its weight's in two dtypes; its input's is freed
+            product = (6 if self.config.resid_pdrop else 5) * row + weight * (copy or 4)  # mlp.c_proj's gradients
+            cast = row + weight * (copy + 4)  # its weight's in two dtypes; its input's is freed
             gelu = 5 * row + (0 if model.accumulate else weight * 4)
             moments.append(whole + max(product, cast, gelu))
             incoming = 1 if layer == self.L - 1 else 2  # gradients of a block's outputs: the last stream is not used
@@ -279,7 +281,7 @@ class _Step:
             if self.attention_moment:
                 moments.append(inputs + incoming * row + self.attention_moment)
         c_attn = 12 * C * C if model.accumulate else self._inner_gradients
-        moments.append(below + c_attn + 3 * C * C * self.copy + 3 * row)
+        moments.append(below + c_attn + 3 * C * C * copy + 3 * row)
         return moments
 
     def end_moments(self) -> list[int]:

@@ -166,7 +166,7 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def lr_at(
-    step: int,
+    step: float,
     *,
     lr: float,
     min_lr: float,
@@ -199,6 +199,26 @@ def lr_at(
     else:
         left = 1.0 - (math.sqrt(progress) if schedule == "wsd" else progress)
     return min_lr + left * (lr - min_lr)
+
+
+def planned(step: int, plan: Sequence[tuple[int, int]], warmup_steps: int) -> float:
+    """The place of `step` in the schedule of plan[0]'s steps, for `lr_at`, in a run that was planned on the way.
+
+    plan: (at, steps), ... in order: the run was given so many steps after its step `at`. Until the first, the rate was
+    that of the warm-up and then its peak. Each plan goes through the rest of the schedule in its own number of steps:
+
+        place(at) = as before            place(steps) = plan[0]'s steps            a straight line between
+
+    So the rate never jumps, and a plan does not change what was before its `at`.
+    """
+    at, end = plan[0]
+    steps, place = end, float(min(at, warmup_steps + 1))
+    for later, steps_then in plan[1:]:
+        if step <= later:
+            break
+        place += (later - at) * ((end - place) / max(steps - at, 1))
+        at, steps = later, steps_then
+    return place + (step - at) * ((end - place) / max(steps - at, 1))
 
 
 def optimizer_state(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dict[str, Tensor]:

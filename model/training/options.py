@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -24,6 +24,7 @@ from model.config import GPTConfig
 from model.lora import LoraConfig
 from model.training import optim, run_folder
 from model.training.parallel import World
+from model.training.track import Library, require
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,8 +33,10 @@ else:
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Dtype = Literal["auto", "bfloat16", "float16", "tf32", "float32"]
+Plan = tyro.conf.Suppress[tyro.conf.Fixed[tuple[tuple[int, int], ...]]]  # recorded, and no option of the command line
 PRESETS = Path(__file__).parent / "presets"
-ALIASES = {"--readers": "--num-workers", "--which": "--checkpoint"}  # old name -> new name; both are understood
+# old name -> new name; both are understood
+ALIASES = {"--readers": "--num-workers", "--which": "--checkpoint", "--tensorboard": "--track=tensorboard"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,8 @@ class TrainConfig:
     batch_size: int | Literal["auto"]  # sequences per micro-step and process; auto: the largest that fits into memory
     grad_accum: int = 1  # micro-steps; a step has batch_size * grad_accum sequences, in all processes
     steps: int  # optimizer steps
-    minutes: float = 0.0  # minutes of training in place of --steps: as many steps as fit, measured early; 0: off
+    minutes: float = 0.0  # minutes of training in place of --steps: as many steps as fit, measured on the way; 0: off
+    plan: Plan = ()  # of --minutes: after step a, a run of b steps was planned, ((a, b), ...)
     until_loss: float = 0.0  # end at the first evaluation with at most this validation loss, nats per token; 0: off
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, and AdamW for the rest
     lr: float  # peak learning rate
@@ -91,7 +95,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints to keep in addition to the best
     log_every: int = 10  # steps between progress lines
     sample_tokens: int = 100  # tokens of text sampled at each evaluation; 0: none
-    tensorboard: bool = False  # also write the metrics for TensorBoard
+    track: Library = "none"  # also log the metrics to TensorBoard, Trackio or Weights & Biases
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     dtype: Dtype = "auto"  # of activations; auto: by the GPU's capability
@@ -146,20 +150,26 @@ class TrainConfig:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 1, 2, ...; of a run without end as long as --minutes has not set `steps`."""
+        place, steps = float(step), self.steps
+        if self.plan and step <= self.plan[0][0]:
+            steps = 0
+        elif self.plan:
+            place, steps = optim.planned(step, self.plan, self.warmup_steps), self.plan[0][1]
         return optim.lr_at(
-            step - 1,
+            place - 1,
             lr=self.lr,
             min_lr=self.min_lr,
             warmup_steps=self.warmup_steps,
-            steps=self.steps or sys.maxsize,
+            steps=steps or sys.maxsize,
             schedule=self.schedule,
-            cooldown_steps=self.cooldown_steps or self.steps // 5,
+            cooldown_steps=self.cooldown_steps or steps // 5,
         )
 
     def run_options(self) -> dict[str, Any]:
         """The options that belong to the run rather than to one invocation; JSON-serialisable."""
         options = {key: value for key, value in asdict(self).items() if key not in PER_INVOCATION}
-        return {**options, "data": str(self.data), "init": None if self.init is None else str(self.init.absolute())}
+        init = None if self.init is None else str(self.init.absolute())
+        return {**options, "data": str(self.data), "init": init, "plan": [list(pair) for pair in self.plan]}
 
     def check(self) -> None:
         """Raise UserError, naming the option, for a value or a combination that cannot work."""
@@ -211,6 +221,7 @@ class TrainConfig:
 
     def check_machine(self, world: World) -> None:
         """Raise UserError for what cannot work on this device or in this number of processes."""
+        require(self.track)
         cuda, several, fsdp = world.device.type == "cuda", world.size > 1, self.parallel == "fsdp"
         restarts = several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
         impossible = {
@@ -235,7 +246,7 @@ class TrainConfig:
         """Raise UserError for an option that may not change when a run is resumed."""
         for name in (field.name for field in fields(self) if field.name not in (*RESUMABLE, *PER_INVOCATION)):
             new, old = getattr(self, name), getattr(stored, name)
-            if new != old and not (name == "minutes" and new == 0):  # --steps takes the place of --minutes
+            if new != old and not (name in ("minutes", "plan") and not new):  # --steps takes the place of --minutes
                 raise UserError(
                     f"{_flag(name)} {new} cannot be changed when a run is resumed (in {folder} it is {old}): omit it, "
                     f"or start a new run\nwhat can be changed: {', '.join(map(_flag, RESUMABLE))}"
@@ -253,7 +264,7 @@ OF_INIT = "of --init"  # the tokenizer of a run that begins with another model
 PER_INVOCATION = ("out", "resume", "checkpoint", "or_resume", "force")  # not stored with the run
 RESUMABLE = (
     "steps", "until_loss", "eval_every", "eval_windows", "save_every", "keep_last", "log_every", "sample_tokens",
-    "tensorboard", "batch_size", "grad_accum", "device", "backend", "compile", "graph", "recompute", "parallel",
+    "track", "batch_size", "grad_accum", "device", "backend", "compile", "graph", "recompute", "parallel",
     "num_workers", "profile", "memory_snapshot", "skip_bad_shards", "init",
 )  # fmt: skip
 
@@ -302,18 +313,27 @@ def stored_config(folder: Path) -> TrainConfig:
 
 def _from_values(values: dict[str, Any], source: Path | str) -> TrainConfig:
     """TrainConfig(**values), with the types checked: they come from a file. UserError names the file and the option."""
+    if values.get("tensorboard") is not None:  # an older version's option
+        values = {**values, "track": "tensorboard" if values["tensorboard"] else "none"}
+        del values["tensorboard"]
     renamed = {old.strip("-"): new.strip("-").replace("-", "_") for old, new in ALIASES.items()}
     values = {renamed.get(name, name): value for name, value in values.items()}
     known = {field.name for field in fields(TrainConfig)}
     if unknown := sorted(values.keys() - known):
         raise UserError(f"{source}: unknown option {unknown[0]!r}: see python train.py --help")
     try:
+        plan = tuple((int(at), int(steps)) for at, steps in values.get("plan", ()))
+    except (TypeError, ValueError):
+        raise UserError(f"{source}: plan must be pairs of steps, got {values['plan']!r}") from None
+    try:
         init = None if values.get("init") is None else Path(values["init"])
-        cfg = TrainConfig(**{**values, "data": Path(values.get("data", "Book")), "init": init})
+        cfg = TrainConfig(**{**values, "data": Path(values.get("data", "Book")), "init": init, "plan": plan})
     except TypeError as error:
         raise UserError(f"{source} lacks options: {str(error).split(': ')[-1]}") from None
-    for name in known:
+    for name, hint in get_type_hints(TrainConfig).items():
         value, wanted = getattr(cfg, name), TrainConfig.__annotations__[name]
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise UserError(f"{source}: {name} must be one of {', '.join(get_args(hint))}, got {value!r}")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         good = {"int": type(value) is int, "float": number, "bool": type(value) is bool, "str": isinstance(value, str)}
         if not good.get(wanted, True) or (name == "batch_size" and type(value) is not int):
@@ -344,7 +364,7 @@ def default_config(args: list[str]) -> TrainConfig:
     if _option(args, "--steps"):
         if _option(args, "--minutes"):
             raise UserError("--minutes sets the number of steps itself: give either --minutes or --steps")
-        cfg = replace(cfg, minutes=0.0)
+        cfg = replace(cfg, minutes=0.0, plan=())
     return cfg
 
 

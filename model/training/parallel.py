@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels import tables, use_tables
 from model.cli import UserError
 
 T = TypeVar("T")
@@ -95,8 +96,10 @@ def start(device: str) -> Iterator[World]:
     )
     host = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     before = signal.signal(signal.SIGTERM, _exit)
+    world = World(rank, size, local_rank, own, host)
     try:
-        yield World(rank, size, local_rank, own, host)
+        use_tables(own, broadcast(tables(own), world))  # or processes would launch, and round, differently
+        yield world
     except BaseException as error:
         # When one process dies, torchrun sends SIGTERM to the others: let this one report why it ends.
         words = peer_failure(error)

@@ -66,7 +66,8 @@ def died_before_first_checkpoint(folder: Path) -> bool:
     """Whether `folder` holds a run that was killed before its first checkpoint, and nothing else."""
     if not (folder / LOCK).is_file():
         return False
-    names = "checkpoints config data failed lock memory metrics report sample samples tensorboard tokenizer trace"
+    names = "checkpoints config data failed lock memory metrics report sample samples tokenizer trace"
+    names += " tensorboard track wandb"
     stems = [re.sub(r"^\.(tmp-\d+-)?", "", path.name).split(".")[0] for path in folder.iterdir()]
     return set(stems) <= set(names.split()) and not any((folder / "checkpoints").glob("step-*"))
 

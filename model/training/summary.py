@@ -36,7 +36,9 @@ def print_summary(cfg: TrainConfig, folder: Path, tokens: TokenData, model: GPT,
     print(f"{took}; the text above is by the best weights, of step {best['step']}")
     print(f"validation {describe(best['val_loss'], len(tokens.val), tokens.meta['val']['bytes'])}")
     print(f"curves and samples: {folder / 'report.html'}")
-    print(f'more text: python -m model.generate {shlex.quote(str(folder))} --prompt "{prompt}"')
+    run, page = shlex.quote(str(folder)), shlex.quote(str(folder / "explore.html"))
+    print(f'more text: python -m model.generate {run} --prompt "{prompt}"')
+    print(f"in a browser: python -m model.explore {run} {page}")
 
 
 def write_sample(model: GPT, tokenizer: Tokenizer, *, tokens: int, seed: int) -> tuple[str, str]:

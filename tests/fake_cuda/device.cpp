@@ -11,6 +11,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/view_native.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/CPUAllocator.h>
@@ -224,6 +225,13 @@ Tensor& addmm(
   return out;
 }
 
+Tensor mm(const Tensor& a, const Tensor& b, at::ScalarType type) {
+  TORCH_CHECK(type == at::kFloat && a.scalar_type() == b.scalar_type() && a.scalar_type() != type, "mm: not of 16 bits");
+  auto x = on_host(a), y = on_host(b);
+  auto result = compute({}, [=] { return Stack{at::mm(x.to(type), y.to(type))}; });
+  return relabel(result[0].toTensor(), GPU);
+}
+
 // A CPU does not go from 16 bits to float32 on the way.
 Tensor log_softmax(const Tensor& x, int64_t dim, bool to_float) {
   auto host = on_host(x);
@@ -247,6 +255,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("copy_", copy);
   m.impl("_local_scalar_dense", item);
   m.impl("addmm.dtype_out", addmm);
+  m.impl("mm.dtype", mm);
   m.impl("_log_softmax", log_softmax);
   m.impl("_log_softmax_backward_data", log_softmax_backward);
   m.impl("as_strided", at::native::as_strided_tensorimpl);

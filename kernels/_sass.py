@@ -72,10 +72,16 @@ class Loop:
         return {f"{name} TFLOP/s": self.flops / n * per_second / 1e12 for name, n in cycles.items() if n}
 
 
+def whole(sass: str, num_warps: int) -> Loop:
+    """All instructions, as if they were one loop: of a kernel without one."""
+    code = _parse(sass)
+    return _loop([name for _, name, _ in code], sum(_flops(code, num_warps)))
+
+
 def loops(sass: str, num_warps: int) -> list[Loop]:
     """The innermost loops in the output of `cuobjdump -sass` for one kernel of num_warps, in its order."""
-    code = [(int(address, 16), name, rest) for address, name, rest in _LINE.findall(sass)]
-    flops = _flops([(name, rest) for _, name, rest in code], num_warps)
+    code = _parse(sass)
+    flops = _flops(code, num_warps)
     index = {address: i for i, (address, _, _) in enumerate(code)}
     spans = set()
     for i, (address, name, rest) in enumerate(code):
@@ -89,6 +95,11 @@ def loops(sass: str, num_warps: int) -> list[Loop]:
     return [_loop([name for _, name, _ in code[a:b]], sum(flops[a:b])) for a, b in spans]
 
 
+def _parse(sass: str) -> list[tuple[int, str, str]]:
+    """(address, opcode, the rest) of each instruction."""
+    return [(int(address, 16), name, rest) for address, name, rest in _LINE.findall(sass)]
+
+
 def _loop(names: list[str], flops: int) -> Loop:
     kinds: Counter[str] = Counter()
     for name in names:
@@ -98,7 +109,7 @@ def _loop(names: list[str], flops: int) -> Loop:
     return Loop(len(names), dict(sorted(kinds.items())), warpgroup, flops, sum(map(_bytes, names)))
 
 
-def _flops(code: list[tuple[str, str]], num_warps: int) -> list[int]:
+def _flops(code: list[tuple[int, str, str]], num_warps: int) -> list[int]:
     """Of one warp, for each instruction. HGMMA.64x64x16 is that of a group of four; HMMA.16816 is 16 x 8 x 16.
 
     UTCHMMA is issued once for all warps of a block, and its shape lies in a uniform register, set shortly before: PTX
@@ -106,7 +117,7 @@ def _flops(code: list[tuple[str, str]], num_warps: int) -> list[int]:
     """
     constants: dict[str, int] = {}
     flops = [0] * len(code)
-    for i, (name, rest) in enumerate(code):
+    for i, (_, name, rest) in enumerate(code):
         if move := re.match(r"\s*(UR\d+), 0x([0-9a-f]+)\s*$", rest) if name == "UMOV" else None:
             constants[move[1]] = int(move[2], 16)
         elif shape := re.match(r"HGMMA\.(?:SP\.)?(\d+)x(\d+)x(\d+)", name) or re.match(r"HMMA\.(16)(8)(\d+)", name):

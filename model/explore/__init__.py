@@ -1,0 +1,1 @@
+"""One HTML page that carries a model and runs it in a browser: python -m model.explore."""

@@ -1,0 +1,83 @@
+"""Attention: how its tiles are read and its documents are found. test_kernels.py proves its numbers."""
+
+import importlib
+
+import pytest
+import torch
+
+from kernels import causal_attention, document_bounds, use_backend
+from kernels._launch import record_launches
+from kernels._proof import FAMILIES, prove_family
+from kernels._registry import all_specs
+from kernels._triton import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
+
+SPECS = all_specs()
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "shapes"])
+@pytest.mark.parametrize("name", [name for name in SPECS if name.startswith("causal_attention")])
+def test_every_family_of_attention_by_descriptors(name, family, device):
+    """Float32 is read through pointers."""
+    spec = SPECS[name]
+    for case in spec.cases if family == "repeats" else spec.cases[:2]:
+        for row in prove_family(family, spec, case, torch.float16, device):
+            assert row.passed, row
+
+
+def _descriptors(qkv, n_head, arch=90):
+    """Of each launch, forward and backward, whether it reads by tensor descriptors."""
+    with record_launches(arch) as launches, use_backend("triton"):
+        y = causal_attention(qkv.requires_grad_(), n_head)
+        torch.autograd.grad(y, qkv, torch.ones_like(y.detach()))
+    return [launch.meta["META"].DESCRIPTORS for launch in launches]
+
+
+def test_descriptors_are_used_where_the_tensor_allows_it():
+    half = torch.zeros(2, 40, 3 * 2 * 24, dtype=torch.half)
+    assert _descriptors(half, 2) == [True] * 3
+    assert _descriptors(half, 2, arch=80) == [False] * 3
+    assert _descriptors(half.float(), 2) == [False] * 3
+    assert _descriptors(half[..., :60], 2) == [False] * 3  # heads of 10, 20 bytes
+    assert _descriptors(torch.zeros(half.numel() + 1, dtype=torch.half)[1:].view(half.shape), 2) == [False] * 3
+    assert _descriptors(half.mT.contiguous().mT, 2) == _descriptors(half[:, :1].expand(-1, 40, -1), 2) == [False] * 3
+
+
+def test_both_ways_of_reading_give_the_same_bits(device):
+    wide = torch.randn(2, 150, 3 * 2 * 40, dtype=torch.half, device=device, requires_grad=True)
+    module = importlib.import_module("kernels.attention")
+    tiles = {name: module.Tile(64, 64, 4, 2, 1) for name in ("attention_fwd", "attention_dq", "attention_dkv")}
+    dy = torch.randn(2, 150, 80, dtype=torch.half, device=device)
+    results = []
+    for descriptors in (1, 0):
+        chosen = {name: tile._replace(DESCRIPTORS=descriptors) for name, tile in tiles.items()}
+        with pytest.MonkeyPatch.context() as patch, use_backend("triton"):
+            patch.setattr(module, "_default_tiles", lambda *args, chosen=chosen, **key: chosen)
+            y = causal_attention(wide, 2)
+            results.append((y, *torch.autograd.grad(y, wide, dy)))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.float32], ids=str)
+def test_a_sequence_of_nan_spoils_no_other(dtype, device):
+    """The tile past the end of a sequence is the beginning of the next one in memory."""
+    qkv = torch.randn(3, 70, 48, dtype=dtype, device=device)
+    dy = torch.randn(3, 70, 16, dtype=dtype, device=device)
+    qkv[1] = float("nan")
+    qkv.requires_grad_()
+    with use_backend("triton"):
+        y = causal_attention(qkv, 1)
+        (gradient,) = torch.autograd.grad(y, qkv, dy)
+    for got in (y, gradient):
+        assert got[[0, 2]].isfinite().all() and got[1].isnan().all()
+
+
+def test_document_bounds(device):
+    documents = torch.tensor([[3, 3, 5, 5, 5], [1, 0, 0, 0, 1]], device=device)
+    bounds = document_bounds(documents)
+    assert bounds.tolist() == [[[0, 0, 2, 2, 2], [2, 2, 5, 5, 5]], [[0, 1, 1, 1, 4], [1, 4, 4, 4, 5]]]
+    qkv = torch.randn(2, 5, 24, device=device)
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            assert causal_attention(qkv, 2, documents=bounds).equal(causal_attention(qkv, 2, documents=documents))
