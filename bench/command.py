@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from abc import ABC, abstractmethod
@@ -17,6 +18,8 @@ from rich.console import Console
 from bench import report as pages
 from bench import timing
 from bench.record import CONTROL, Report, Row
+from kernels._proof import trial
+from kernels._registry import KernelSpec, load_spec
 from model.cli import UserError
 from model.config import PRESETS
 from model.files import write_atomic
@@ -111,6 +114,17 @@ def pick(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:
         if name not in known:
             raise UserError(f"there is no {what} {name!r}: choose from {', '.join(known)}")
     return list(names) or known
+
+
+@functools.cache  # the file is run once
+def own_kernel(path: Path) -> KernelSpec:
+    """The kernel that a file declares. UserError if there is none, or none that could be proven."""
+    try:
+        spec = load_spec(path)
+        trial(spec, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    return spec
 
 
 def require_positive(**values: float) -> None:

@@ -4,7 +4,8 @@ Modes: "forward" without gradients; "backward", of a forward pass that is not ti
 incoming gradient of a loss is 1; that of any other operator is random.
 
 Nothing wrong is timed: a kernel must pass its proof (kernels/_proof.py), and anyone else's function must agree with
-the eager path in float32 on the very inputs on which it will be timed.
+the eager path in float32 on the very inputs on which it will be timed. The kernel itself finds other numbers in its
+inputs before each sample, and its last timed result is compared too (`bench.watch`).
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 from torch import Tensor
 from torch._functorch import config as autograd_config
 
-from bench import command, memory, peers, roofline, timing
+from bench import command, memory, peers, roofline, timing, watch
 from bench.record import CONTROL, Report, Row
 from bench.roofline import Roofs
 from kernels import _proof
+from kernels._foreign import judges, replaced
 from kernels._registry import Case, KernelSpec, all_specs, case_text, dtype_name
 from kernels._tables import untuned
+from model.cli import UserError
 
 Mode = Literal["forward", "backward", "both"]
 MODES: tuple[Mode, ...] = ("forward", "backward", "both")
@@ -45,9 +50,10 @@ def cpu_case(spec: KernelSpec, case: Case) -> Case | None:
 
 def cases(spec: KernelSpec, device: torch.device) -> list[Case]:
     """The cases to time of an operator on a device, the most telling first."""
+    chosen = spec.bench_cases or spec.cases
     if device.type == "cuda":
-        return list(spec.bench_cases)
-    cut = [cpu_case(spec, case) for case in spec.bench_cases]
+        return list(chosen)
+    cut = [cpu_case(spec, case) for case in chosen]
     return [case for i, case in enumerate(cut) if case is not None and case not in cut[:i]]
 
 
@@ -67,6 +73,7 @@ def proof_failure(spec: KernelSpec, dtype: torch.dtype, device: torch.device) ->
 class Kernels(command.Timed):
     """Every kernel on its bench cases, with PyTorch's operators and those of other libraries."""
 
+    file: tyro.conf.Positional[Path | None] = None  # Python file with a kernel of your own: only that is timed.
     op: tuple[str, ...] = ()  # Kernels to time; all of them by default.
     dtype: tuple[command.Dtype, ...] = ()  # Precisions; bfloat16 on a GPU and float32 on a CPU by default.
     mode: tuple[Mode, ...] = MODES  # Passes to time.
@@ -74,6 +81,8 @@ class Kernels(command.Timed):
     quick: bool = False  # Only the first bench case of each kernel.
 
     def check(self) -> None:
+        if self.file:
+            command.own_kernel(self.file)
         command.pick("kernel", self.op, all_specs())
         command.pick("provider", self.provider, peers.known_providers())
         command.require_positive(seconds=self.seconds)
@@ -86,9 +95,14 @@ class Kernels(command.Timed):
     def groups(self, device: torch.device, report: Report) -> Iterator[list[Row]]:
         roofs = roofline.measure(device, self._dtypes(device))
         report.method |= {"roofs": roofs.as_dict(), "peers": peers.NOTES}
-        return self.run(device, report, roofs, part=slice(1 if self.quick else None))
+        before = judges("kernels", "bench")
+        yield from self.run(device, report, roofs, part=slice(1 if self.quick else None))
+        if name := replaced(before):
+            raise UserError(f"{self.file} replaces {name}, on which its time relies: no time above is to be believed")
 
     def _specs(self) -> list[KernelSpec]:
+        if self.file:
+            return [command.own_kernel(self.file)]
         return [spec for name, spec in all_specs().items() if not self.op or name in self.op]
 
     def _modes(self, spec: KernelSpec) -> list[Mode]:
@@ -133,6 +147,7 @@ class _Case:
 
     def __post_init__(self) -> None:
         self.inputs = self.spec.inputs(self.case, self.dtype, self.device)
+        self.moved = watch.bytes_moved(self.spec, self.case, self.inputs)
 
     def run(self, modes: Sequence[str]) -> Iterator[list[Row]]:
         wrong = {gradients: self._wrong(gradients) for gradients in {mode != "forward" for mode in modes}}
@@ -150,6 +165,7 @@ class _Case:
                 # saved for it: not where it is to run again.
                 with autograd_config.patch(donated_buffer=mode != "backward"):  # type: ignore[attr-defined]
                     measured = timing.measure(makers, self.device, clock, seconds=self.seconds)
+                watch.refuse_impossible(measured, self._floor(mode), mode)
                 if mode != "backward" and not peaks:
                     peaks = {name: self._peak_mib(makers[name]) for name in measured.seconds if name != CONTROL}
                 if rows := self._once(self._rows(measured, mode, peaks)):
@@ -161,7 +177,7 @@ class _Case:
         if not asked:
             return {}
         try:
-            exact = {name: _in_float32(x) for name, x in self.inputs.items()}
+            exact = {name: watch.in_float32(x) for name, x in self.inputs.items()}
             truth, incoming = _proof.evaluate(self.spec, exact, None, "eager"), None
             if gradients:
                 incoming = dict(zip(truth, _incoming([*truth.values()]), strict=True))
@@ -181,7 +197,8 @@ class _Case:
     def _maker(self, provider: str, fn: peers.Function, mode: str) -> timing.Maker:
         copies = (self.spec.name, provider) in peers.OVERWRITES
         if provider != "untuned":
-            return lambda: make_call(self.spec, self.inputs, fn, mode, copies=copies)
+            watched = provider == "triton"
+            return lambda: make_call(self.spec, self.inputs, fn, mode, copies=copies, watched=watched)
 
         def make_untuned() -> timing.Call:  # the backward pass, too
             with untuned():
@@ -189,6 +206,9 @@ class _Case:
             return untuned()(call)
 
         return make_untuned
+
+    def _floor(self, mode: str) -> float:
+        return self.roofs.floor(_of_mode(*self.moved, mode), _of_mode(*self.spec.flops(self.case), mode), self.dtype)
 
     def _peak_mib(self, maker: timing.Maker) -> float:
         call = maker()
@@ -199,9 +219,7 @@ class _Case:
         if measured.seconds.keys() <= {CONTROL}:
             measured.seconds.clear()
         params = {"op": self.spec.name, "case": case_text(self.case), "dtype": dtype_name(self.dtype), "mode": mode}
-        moved = _of_mode(*self.spec.bytes_moved(self.case, self.dtype), mode)
-        work = _of_mode(*self.spec.flops(self.case), mode)
-        floor = self.roofs.floor(moved, work, self.dtype)
+        moved, work, floor = _of_mode(*self.moved, mode), _of_mode(*self.spec.flops(self.case), mode), self._floor(mode)
 
         def metrics(provider: str, seconds: float) -> dict[str, float]:
             values = {"gb_per_s": moved / seconds / 1e9, "floor": floor / seconds, "floor_ms": floor * 1e3}
@@ -218,21 +236,30 @@ class _Case:
 
 
 def make_call(
-    spec: KernelSpec, inputs: dict[str, Any], fn: peers.Function, mode: str, *, copies: bool = False
+    spec: KernelSpec,
+    inputs: dict[str, Any],
+    fn: peers.Function,
+    mode: str,
+    *,
+    copies: bool = False,
+    watched: bool = False,
 ) -> timing.Call:
-    """A call of an operator's function in a mode. copies: on inputs of its own."""
+    """A call of an operator's function in a mode. copies: on inputs of its own. watched: as a `watch.Watched`."""
     given = {name: x.clone() if copies and isinstance(x, Tensor) else x for name, x in inputs.items()}
     if mode == "forward":
         forward = torch.no_grad()(fn)
-        return lambda: forward(**given)
+        call: timing.Call = lambda: forward(**given)  # noqa: E731
+        return watch.Watched(spec, call, inputs, [], mode) if watched else call
     leaves = {name: given[name].detach().requires_grad_() for name in spec.grads if given[name] is not None}
     given |= leaves
     wanted = list(leaves.values())
     outputs = fn(**given)
     incoming = _incoming(outputs if isinstance(outputs, tuple) else (outputs,))
     if mode == "both":
-        return lambda: torch.autograd.grad(fn(**given), wanted, incoming)
-    return lambda: torch.autograd.grad(outputs, wanted, incoming, retain_graph=True)
+        call = lambda: torch.autograd.grad(fn(**given), wanted, incoming)  # noqa: E731
+    else:
+        call = lambda: torch.autograd.grad(outputs, wanted, incoming, retain_graph=True)  # noqa: E731
+    return watch.Watched(spec, call, inputs, incoming, mode) if watched else call
 
 
 def _incoming(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -244,7 +271,3 @@ def _incoming(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _of_mode(forward: int, backward: int, mode: str) -> int:
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
-
-
-def _in_float32(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x

@@ -245,10 +245,11 @@ def providers(
             functions["untuned"] = _under("triton", spec.fn)  # bench/kernels.py sets the tables aside for it
         elif "untuned" in keep:
             missing.setdefault("untuned", "no launch table is in force: python -m kernels tune")
+    eager = _proof.function(spec, "eager")
     if "eager" in wanted:
-        functions["eager"] = _under("eager", spec.fn)
+        functions["eager"] = _under("eager", eager)
     if "compile" in wanted:
-        functions["compile"] = _under("eager", torch.compile(spec.fn, dynamic=False))
+        functions["compile"] = _under("eager", torch.compile(eager, dynamic=False))
     for peer in PEERS:
         if peer.op != spec.name or peer.provider not in wanted:
             continue

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import tyro
 
 from bench import command
 from bench.record import commit_info, machine_info
 from kernels import _sass as sass
 from kernels._compile import launches, unique
 from kernels._machine_code import ARCHITECTURES, StaticRow, read_back
-from kernels._registry import all_specs
+from kernels._registry import all_specs, load_spec
 from kernels._triton import INTERPRET
 from model.cli import UserError
 from model.files import write_atomic
@@ -33,6 +34,7 @@ from model.files import write_atomic
 class Static:
     """What the kernels compile to, for architectures that need not be here. Uses no GPU; exit code 1 on a problem."""
 
+    file: tyro.conf.Positional[Path | None] = None  # Python file with a kernel of your own: only that is compiled.
     arch: tuple[int, ...] = (80, 90, 100)  # Compute capabilities, times ten.
     op: tuple[str, ...] = ()  # Kernels to compile; all of them by default.
     dtype: tuple[command.Dtype, ...] = ("bfloat16", "float16", "float32")  # Precisions to compile.
@@ -44,10 +46,10 @@ class Static:
         for arch in self.arch:
             if arch not in ARCHITECTURES:
                 raise UserError(f"--arch {arch} is not known: choose from {', '.join(map(str, ARCHITECTURES))}")
-        ops = command.pick("kernel", self.op, all_specs())
+        ops = [command.own_kernel(self.file).name] if self.file else command.pick("kernel", self.op, all_specs())
         command.require_new(self.out)
         dtypes = [getattr(torch, name) for name in self.dtype]
-        groups = survey(self.arch, dtypes, ops, bench_only=self.bench_only)
+        groups = survey(self.arch, dtypes, ops, bench_only=self.bench_only, file=self.file)
         tracked = command.tracked(groups, len(ops) * len(dtypes) * len(self.arch))
         rows = [row for group in tracked for row in group]
         rows.sort(key=lambda r: (r.kernel, r.arch, r.dtype, r.config))
@@ -67,19 +69,27 @@ class Static:
             sys.exit(1)
 
 
-def _work(name: str, bench_only: bool, dtype: torch.dtype, arch: int) -> list[StaticRow]:
-    spec = all_specs()[name]
+def _work(name: str, bench_only: bool, dtype: torch.dtype, arch: int, file: Path | None) -> list[StaticRow]:
+    spec = load_spec(file) if file else all_specs()[name]
     cases = spec.bench_cases if bench_only else spec.bench_cases + spec.cases
     return [read_back(launch, dtype, arch) for launch in unique(launches(spec, cases, dtype, arch), arch)]
 
 
 def survey(
-    archs: Iterable[int], dtypes: Iterable[torch.dtype], ops: Iterable[str], *, bench_only: bool = False
+    archs: Iterable[int],
+    dtypes: Iterable[torch.dtype],
+    ops: Iterable[str],
+    *,
+    bench_only: bool = False,
+    file: Path | None = None,
 ) -> Iterator[list[StaticRow]]:
-    """Compile everything on all cores; yield the rows of one operator, dtype and architecture as they are ready."""
+    """Compile everything on all cores; yield the rows of one operator, dtype and architecture as they are ready.
+
+    file: declares the one operator in `ops`, where it is not a registered one.
+    """
     if INTERPRET:
         raise RuntimeError("bench static compiles the kernels: run it without TRITON_INTERPRET")
-    jobs = [(name, bench_only, dtype, arch) for name in ops for dtype in dtypes for arch in archs]
+    jobs = [(name, bench_only, dtype, arch, file) for name in ops for dtype in dtypes for arch in archs]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         for future in concurrent.futures.as_completed([pool.submit(_work, *job) for job in jobs]):

@@ -8,13 +8,15 @@ Three clocks, never mixed in one row:
 
 A maker, a function without arguments, makes the call that is timed, on the stream on which it will run. What is not
 part of the time, such as the forward pass of a backward pass, happens there; so does the proof: it raises Refused for a
-call that must not be timed.
+call that must not be timed. A call may have `refresh()`, called before each sample, where it gives its inputs other
+numbers, and `verify()`, called after the last one, which raises Refused if what was timed was wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -85,9 +87,14 @@ def measure(makers: Mapping[str, Maker], device: torch.device, clock: str, *, se
     timer, measured = kinds[clock](device), Measured(clock)
     samples: dict[str, list[float]] = {}
     ready: dict[str, Callable[[], float]] = {}
+    calls: dict[str, Call] = {}
+
+    def made(name: str, maker: Maker) -> Call:
+        return calls.setdefault(name, maker())
+
     for name, maker in {**makers, CONTROL: lambda: control(device)}.items():
         try:
-            ready[name], host = timer.prepare(maker)
+            ready[name], host = timer.prepare(functools.partial(made, name, maker))
         except Exception as error:
             measured.failed[name] = error_line(error)
             continue
@@ -100,15 +107,28 @@ def measure(makers: Mapping[str, Maker], device: torch.device, clock: str, *, se
         timer.new_round()
         for name, sample in [*ready.items()]:
             try:
+                _ask(calls.get(name), "refresh")
                 samples[name].append(sample())
             except Exception as error:
                 measured.failed[name] = error_line(error)
                 del ready[name], samples[name]
         rounds += 1
+    for name in [*ready]:
+        try:
+            _ask(calls.get(name), "verify")
+        except Exception as error:
+            measured.failed[name] = error_line(error)
+            del samples[name]
     after = machine_state(device)
     measured.state = {key: (before[key] + after[key]) / 2 for key in before.keys() & after.keys()}
     measured.seconds = {name: tuple(values) for name, values in samples.items()}
     return measured
+
+
+def _ask(call: Call | None, what: str) -> None:
+    method = getattr(call, what, None)
+    if method is not None:
+        method()
 
 
 def control(device: torch.device) -> Call:

@@ -10,6 +10,8 @@ from ._dispatch import check_backend
 from ._linear import linear
 from ._machine import gpu_problem
 from ._patch import patch, unpatch
+from ._proof import prove
+from ._registry import Case, Draw, KernelSpec
 from ._tables import launch_tables, tables, use_tables
 from .add_layer_norm import add_layer_norm, linear_add_layer_norm, residual_dropout_mask
 from .attention import attention_dropout_mask, causal_attention, causal_attention_qkv, document_bounds
@@ -21,6 +23,9 @@ from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy, lm_logits
 
 __all__ = [
+    "Case",
+    "Draw",
+    "KernelSpec",
     "add_layer_norm",
     "attention_dropout_mask",
     "bias_gelu",
@@ -41,6 +46,7 @@ __all__ = [
     "lm_logits",
     "no_compilation",
     "patch",
+    "prove",
     "residual_dropout_mask",
     "tables",
     "unpatch",

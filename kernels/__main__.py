@@ -19,10 +19,12 @@ from . import _tune as _tuner
 from ._backend import device_problem
 from ._check import NothingCompared, check, describe
 from ._dispatch import kernel_problem
+from ._foreign import judges, replaced
 from ._launch import arch_of, sm_count
 from ._machine import gpu_problem, this_device
 from ._machine_code import ARCHITECTURES
-from ._registry import all_specs
+from ._proof import trial
+from ._registry import all_specs, load_spec
 from ._triton import HAS_TRITON, INTERPRET
 
 _DTYPES = ["float32", "float16", "bfloat16"]
@@ -42,7 +44,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("info", help="what this machine runs and why")
     sub = commands.add_parser("check", help="prove every kernel on this machine against float64")
-    sub.add_argument("--op", nargs="+", choices=list(all_specs()), default=list(all_specs()), help="kernels to prove")
+    sub.add_argument("file", nargs="?", type=Path, help="Python file with a kernel of your own: only that is proven")
+    sub.add_argument("--op", nargs="+", choices=list(all_specs()), help="kernels to prove; default: all")
     sub.add_argument("--dtype", nargs="+", choices=_DTYPES, help="default: all that run here")
     sub.add_argument("--quick", action="store_true", help="one case a kernel and one dtype: seconds, not minutes")
     sub.add_argument("--json", type=Path, metavar="FILE", help="also write every comparison to this file")
@@ -120,15 +123,28 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"the kernels cannot run here: {problem}")
     if INTERPRET and "bfloat16" in (args.dtype or []):
         return _fail("bfloat16 is silently wrong in Triton's interpreter: prove it on a GPU")
+    specs, before = all_specs(), judges(__package__ or "")
+    if args.file is not None:
+        try:
+            spec = load_spec(args.file)
+            launched = trial(spec, device)
+        except ValueError as error:
+            return _fail(f"{args.file}: {error}")
+        specs = {spec.name: spec}
     print("\n".join(describe()), flush=True)
+    if args.file is not None:
+        print(f"{spec.name} of {args.file} launches {', '.join(launched)}", flush=True)
     # NumPy warns about the infinities that pass through interpreted kernels by design.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     default = ["float32", "float16"] if INTERPRET else ["bfloat16", "float16", "float32"]
     names = args.dtype or (default[:1] if args.quick else default)
+    dtypes = [getattr(torch, name) for name in names]
     try:
-        result = check(args.op, [getattr(torch, name) for name in names], device, quick=args.quick)
+        result = check(args.op or list(specs), dtypes, device, specs=specs, quick=args.quick)
     except NothingCompared as error:
         return _fail(str(error))
+    if name := replaced(before):
+        return _fail(f"{args.file} replaces {name}, on which the check relies")
     if args.json is not None:
         try:
             args.json.write_text(json.dumps(result.as_dict(), indent=1))

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import _machine, _tables
 from ._backend import device_problem
 from ._machine import this_device
-from ._proof import FAMILIES, Comparison, prove_family
-from ._registry import all_specs, case_text, dtype_name
+from ._proof import FAMILIES, Comparison, Refused, prove_family
+from ._registry import KernelSpec, all_specs, case_text, dtype_name
 
 
 class NothingCompared(RuntimeError):
@@ -103,16 +103,18 @@ def check(
     dtypes: list[torch.dtype],
     device: torch.device,
     *,
+    specs: Mapping[str, KernelSpec] | None = None,
     quick: bool = False,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> CheckResult:
     """Prove kernels on a device in every family of cases, with a progress bar on a terminal.
 
-    quick: only the first case of each kernel. out_of_time: asked before each case; the rest is skipped once it returns
-    True, which is why a family goes through all kernels before the next one starts.
+    specs: where the names in ops are found, the registry by default. quick: only the first case of each kernel.
+    out_of_time: asked before each case; the rest is skipped once it returns True, which is why a family goes through
+    all kernels before the next one starts.
     NothingCompared if there was no comparison, and no case that could not run.
     """
-    specs = all_specs()
+    specs = all_specs() if specs is None else specs
     jobs = [
         (specs[name], dtype, family, case)
         for family in FAMILIES
@@ -134,7 +136,8 @@ def check(
             try:
                 results = list(prove_family(family, spec, case, dtype, device))
             except Exception as error:  # a kernel that cannot run has failed, and the others still get their turn
-                wrong = [f"{job} {case_text(case)}: {type(error).__name__}: {error}"]
+                kind = "refused" if isinstance(error, Refused) else type(error).__name__
+                wrong = [f"{job} {case_text(case)}: {kind}: {error}"]
             else:
                 comparisons += results
                 wrong = [

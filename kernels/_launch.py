@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._foreign import intercepted
 from ._triton import TensorDescriptor, triton
 
 
@@ -32,17 +33,19 @@ _assumed_device: torch.device | None = None
 def record_launches(
     arch: int | None = None, sms: int | None = None, device: torch.device | None = None
 ) -> Iterator[list[Launch]]:
-    """Inside the block launches are written down and not run: outputs hold whatever memory held.
+    """Inside the block launches are written down and not run, those by kernel[grid](...) too: outputs hold whatever
+    memory held.
 
     arch: the defaults of that architecture are used, as in `assume_arch`. sms: its streaming multiprocessors.
     device: the GPU that will launch them, with the tables that were measured on it; None: the defaults alone.
     """
     global _recorded, _assumed_sms, _assumed_device
-    previous, _recorded = (_recorded, _assumed_sms, _assumed_device), []
+    recorded: list[Launch] = []
+    previous, _recorded = (_recorded, _assumed_sms, _assumed_device), recorded
     _assumed_sms, _assumed_device = sms, device
     try:
-        with assume_arch(arch):
-            yield _recorded
+        with assume_arch(arch), intercepted(lambda *launched: recorded.append(Launch(*launched))):
+            yield recorded
     finally:
         _recorded, _assumed_sms, _assumed_device = previous
 

@@ -7,12 +7,15 @@ The rule, for a result `got` that should equal `truth` (the eager path in float6
 where `eager` is PyTorch's own operator in the kernel's dtype and an ulp is that of max|truth| in that dtype. It asks no
 more of a kernel than PyTorch itself reaches, and none of its constants is tuned. (The form is flash-attention's.)
 
-A kernel goes through families of cases, FAMILIES: shapes, layouts in memory, numbers, a second run, canaries.
+A kernel goes through families of cases, FAMILIES: shapes, layouts in memory, numbers, a second run, canaries, far
+addresses. It always runs before its oracle, so that no memory holds an answer yet.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ._backend import Backend, use_backend
+from ._launch import record_launches
 from ._registry import Case, KernelSpec
 
 OUTPUT_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 2.0
@@ -88,27 +92,49 @@ def _each(change: Transform, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: change(t) if isinstance(t, Tensor) else t for name, t in tensors.items()}
 
 
+class Refused(ValueError):
+    """A kernel that must not be believed; the message is the whole reason."""
+
+
+def function(spec: KernelSpec, backend: Backend) -> Callable[..., Any]:
+    """What computes an operator, to be called under ``use_backend(backend)``."""
+    return spec.eager if backend == "eager" and spec.eager is not None else spec.fn
+
+
 def evaluate(
     spec: KernelSpec,
     inputs: Mapping[str, Any],
     incoming: Mapping[str, Tensor] | None,
     backend: Backend,
     fn: Callable[..., Any] | None = None,
+    *,
+    again: bool = False,
 ) -> dict[str, Tensor]:
     """Every output by its name and, as "d" + name, the gradient of every differentiable input.
 
-    incoming: the gradient that arrives at each output, by name; None runs forward only.
+    incoming: the gradient that arrives at each output, by name; None runs forward only. again: the gradients are those
+    of a second backward pass over the same forward pass.
+    Refused for an output that is no plain tensor: it could put off its work until somebody looks.
     """
     leaves = {}
     if incoming is not None:
         differentiable = {name: inputs[name] for name in spec.grads if inputs[name] is not None}
         leaves = {name: value.detach().requires_grad_() for name, value in differentiable.items()}
     with use_backend(backend):
-        result = (fn or spec.fn)(**{**inputs, **leaves})
-        outputs = dict(zip(spec.outputs, result if isinstance(result, tuple) else (result,), strict=True))
+        result = (fn or function(spec, backend))(**{**inputs, **leaves})
+        results = result if isinstance(result, tuple) else (result,)
+        if len(results) != len(spec.outputs):
+            raise ValueError(f"{spec.name} returns {len(results)} outputs, its spec names {len(spec.outputs)}")
+        outputs = dict(zip(spec.outputs, results, strict=True))
+        for name, y in outputs.items():
+            if type(y) is not Tensor:
+                raise Refused(f"{name} is a {type(y).__name__}: an output must be a plain torch.Tensor")
         if leaves:
             assert incoming is not None
-            gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), list(incoming.values()))
+            graph = list(outputs.values()), list(leaves.values()), list(incoming.values())
+            if again:
+                torch.autograd.grad(*graph, retain_graph=True)
+            gradients = torch.autograd.grad(*graph)
             outputs |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return {name: value.detach() for name, value in outputs.items()}
 
@@ -117,7 +143,12 @@ def incoming_gradients(spec: KernelSpec, inputs: Mapping[str, Any], seed: int) -
     """A random gradient for each output, in the shape and dtype that eager gives it."""
     generator = torch.Generator().manual_seed(seed)
     outputs = evaluate(spec, inputs, None, "eager")
-    return {name: torch.randn(y.shape, generator=generator).to(y) for name, y in outputs.items()}
+    incoming = {name: torch.randn(y.shape, generator=generator).to(y) for name, y in outputs.items()}
+    given = {x.untyped_storage().data_ptr() for x in inputs.values() if isinstance(x, Tensor)}
+    for y in outputs.values():  # the memory that a kernel is about to be given must not hold the answer
+        if y.is_floating_point() and y.untyped_storage().data_ptr() not in given:
+            y.fill_(float("nan"))
+    return incoming
 
 
 def _in_float64(t: Tensor) -> Tensor:
@@ -147,12 +178,18 @@ def prove(
     """
     drawn = spec.inputs(case, dtype, device, seed)
     strided = _each(lambda t: layout(values(t) if t.is_floating_point() else t), drawn)
-    inputs = _each(_plain, strided)
-    strided_dy = _each(layout, incoming_gradients(spec, inputs, seed + 1))
-    dy = _each(_plain, strided_dy)
+    strided_dy = _each(layout, incoming_gradients(spec, _each(_plain, strided), seed + 1))
+    yield from _compared(spec, case, strided, strided_dy, fn)
+
+
+def _compared(
+    spec: KernelSpec, case: Case, strided: dict[str, Any], strided_dy: dict[str, Tensor], fn: Any = None
+) -> Iterator[Comparison]:
+    """The comparisons of `prove` on inputs and incoming gradients."""
+    inputs, dy = _each(_plain, strided), _each(_plain, strided_dy)  # copies: the kernel cannot touch them
+    got = evaluate(spec, strided, strided_dy, "triton", fn)
     truth = evaluate(spec, _each(_in_float64, inputs), _each(_in_float64, dy), "eager")
     eager = evaluate(spec, inputs, dy, "eager")
-    got = evaluate(spec, strided, strided_dy, "triton", fn)
     for name in truth:
         yield compare(spec.name, case, name, got[name], eager[name], truth[name], gradient=name not in spec.outputs)
 
@@ -160,10 +197,10 @@ def prove(
 def launched(spec: KernelSpec, case: Case, dtype: torch.dtype) -> None:
     """Call the kernel as every family below does, inside record_launches: in each layout, forward and backward."""
     drawn = spec.inputs(case, dtype, torch.device("cpu"))
-    for layout in (_plain, *LAYOUTS.values()):
-        inputs = _each(layout, drawn)
+    for layout in (lambda: _plain, *LAYOUTS.values()):
+        inputs = _each(arranged := layout(), drawn)
         outputs = _each(_plain, evaluate(spec, inputs, None, "triton"))
-        evaluate(spec, inputs, _each(layout, outputs), "triton")
+        evaluate(spec, inputs, _each(arranged, outputs), "triton")
 
 
 # --- layouts and numbers ---------------------------------------------------------------------------------------------
@@ -195,11 +232,18 @@ def _expanded(t: Tensor) -> Tensor:
     return t[:1].expand(t.shape) if t.ndim and len(t) else t
 
 
-LAYOUTS: dict[str, Transform] = {
-    "transposed": _transposed,
-    "sliced": _sliced,
-    "columns_sliced": _columns_sliced,
-    "expanded": _expanded,
+def in_turn(*layouts: Transform) -> Transform:
+    """Another layout for each tensor, so that no two that are alike in shape have the same strides."""
+    turn = itertools.cycle(layouts)
+    return lambda t: next(turn)(t)
+
+
+LAYOUTS: dict[str, Callable[[], Transform]] = {  # made anew for each run
+    "transposed": lambda: _transposed,
+    "sliced": lambda: _sliced,
+    "columns_sliced": lambda: _columns_sliced,
+    "expanded": lambda: _expanded,
+    "mixed": lambda: in_turn(_transposed, _plain, _sliced, _columns_sliced),
 }
 VALUES: dict[str, Callable[[KernelSpec, Tensor], Tensor]] = {
     "large": lambda spec, t: spec.large * t,
@@ -216,8 +260,9 @@ BAND = 64  # canaries on either side of every buffer: elements, which keeps 16-b
 
 @contextlib.contextmanager
 def guarded_memory() -> Iterator[Callable[[], int]]:
-    """Inside the block torch.empty gives NaN between canaries; the function yielded counts canaries overwritten."""
-    empty, empty_like = torch.empty, torch.empty_like
+    """Inside the block what torch.empty and its siblings give is NaN between canaries; the function yielded counts
+    canaries overwritten."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
     bands: list[Tensor] = []
 
     def guarded(shape: Any, *more: Any, **options: Any) -> Tensor:
@@ -230,11 +275,16 @@ def guarded_memory() -> Iterator[Callable[[], int]]:
         return whole[BAND:-BAND].view(size)
 
     torch.empty = guarded  # type: ignore[assignment]
-    torch.empty_like = lambda t, **options: guarded(t.shape, **{"dtype": t.dtype, "device": t.device} | options)  # type: ignore
+
+    def like(t: Tensor, *shape: Any, **options: Any) -> Tensor:
+        return guarded(*(shape or (t.shape,)), **{"dtype": t.dtype, "device": t.device} | options)
+
+    torch.empty_like = like  # type: ignore[assignment]
+    Tensor.new_empty = like  # type: ignore[assignment]
     try:
         yield lambda: sum(int((band != 77).sum()) for band in bands)
     finally:
-        torch.empty, torch.empty_like = empty, empty_like
+        torch.empty, torch.empty_like, Tensor.new_empty = empty, empty_like, new_empty  # type: ignore[method-assign]
 
 
 def _count(spec: KernelSpec, case: Case, dtype: torch.dtype, name: str, wrong: int) -> Comparison:
@@ -244,7 +294,7 @@ def _count(spec: KernelSpec, case: Case, dtype: torch.dtype, name: str, wrong: i
 
 def _layouts(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     for name, layout in LAYOUTS.items():
-        for row in prove(spec, case, dtype, device, layout=layout):
+        for row in prove(spec, case, dtype, device, layout=layout()):
             yield replace(row, case={**case, "layout": name})
 
 
@@ -255,11 +305,13 @@ def _values(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.devi
 
 
 def _repeats(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    """A second run gives the same bits, and the inputs are unchanged."""
+    """A second run, its backward pass run twice, gives the same bits in memory of its own, and the inputs are
+    unchanged."""
     inputs = spec.inputs(case, dtype, device)
     dy = incoming_gradients(spec, inputs, seed=1)
     before = {**_each(_plain, inputs), **_each(_plain, dy)}
-    first, second = (evaluate(spec, inputs, dy, "triton") for _ in range(2))
+    first, second = (evaluate(spec, inputs, dy, "triton", again=again) for again in (False, True))
+    refuse_shared(second, {"an input": inputs, "an incoming gradient": dy, "the result of the call before": first})
     for name in first:
         yield _count(spec, case, dtype, f"{name} again", int((first[name] != second[name]).sum()))
     after = {**inputs, **dy}
@@ -267,11 +319,87 @@ def _repeats(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.dev
     yield _count(spec, case, dtype, "inputs changed", changed)
 
 
+def refuse_shared(outputs: Mapping[str, Tensor], others: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refused if an output lies in memory of a tensor among the others, which are named by their key."""
+    for what, tensors in others.items():
+        taken = {t.untyped_storage().data_ptr() for t in tensors.values() if isinstance(t, Tensor) and t.numel()}
+        for name, y in outputs.items():
+            if y.numel() and y.untyped_storage().data_ptr() in taken:
+                raise Refused(f"{name} is in the memory of {what}: an output must be new memory")
+
+
+def stir(tensors: Iterable[Any], generator: torch.Generator) -> None:
+    """Give tensors other numbers of their kind, in place: each is rolled along all its dimensions by random steps, and
+    a single floating-point number is scaled."""
+    for t in tensors:
+        if isinstance(t, Tensor) and t.numel() > 1:
+            steps = [int(torch.randint(n, (), generator=generator)) for n in t.shape]
+            t.copy_(t.roll(steps, tuple(range(t.ndim))))
+        elif isinstance(t, Tensor) and t.is_floating_point():
+            t.mul_(0.5 + torch.rand((), generator=generator).item())
+
+
 def _memory(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    """Every element is written and nothing beyond: fresh memory holds NaN between canaries."""
+    """Every element is written and nothing beyond: fresh memory holds NaN between canaries. Then other numbers in the
+    memory of the inputs: nothing of the call before counts."""
+    inputs = spec.inputs(case, dtype, device)
+    dy = incoming_gradients(spec, inputs, seed=1)
     with guarded_memory() as overwritten:
-        yield from prove(spec, case, dtype, device)
+        yield from _compared(spec, case, inputs, dy)
         yield _count(spec, case, dtype, "canaries", overwritten())
+    stir([*inputs.values(), *dy.values()], torch.Generator().manual_seed(2))
+    for row in _compared(spec, case, inputs, dy):
+        yield replace(row, name=f"{row.name} of other numbers in the same memory")
+
+
+FAR = 2**31  # elements: past it, an offset in int32 wraps
+
+
+def mapped(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector of zeros. FAR more lie before it, so that an address which wrapped gives wrong numbers and no crash.
+
+    OSError where there is no such memory; on a CPU it takes no room until it is touched.
+    """
+    size = FAR + numel
+    try:
+        if device.type == "cuda":
+            return torch.zeros(size, dtype=dtype, device=device)[FAR:]
+        # Pages of an anonymous file are made when touched, whatever the machine promises of its memory.
+        with os.fdopen(os.memfd_create("tensor"), "wb") as file:
+            file.truncate(size * dtype.itemsize)
+            return torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=size, dtype=dtype)[FAR:]
+    except (RuntimeError, AttributeError) as error:  # out of memory; not a Linux
+        raise OSError(f"{size * dtype.itemsize / 2**30:.0f} GiB cannot be mapped: {error}") from error
+
+
+def far(t: Tensor, dim: int, stride: int | None = None) -> Tensor:
+    """The same numbers with a stride in a dimension that takes its last one FAR elements from the first, or as given.
+
+    t itself where it has no such dimension or that is of length 1.
+    """
+    if t.ndim < -dim or t.shape[dim] < 2:
+        return t
+    steps = t.shape[dim] - 1
+    stride = stride or -(-FAR // steps)
+    strides = list(torch.empty(t.select(dim, 0).shape, device="meta").stride())
+    strides.insert(dim % t.ndim, stride)
+    return mapped(stride * steps + t.numel(), t.dtype, t.device).as_strided(t.shape, strides).copy_(t)
+
+
+def _far_addresses(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    """Inputs and incoming gradients that reach FAR elements, along each dimension: the first cases, in half precision.
+
+    On a CPU, where the memory is only mapped, also rows whose stride is an int32 still, and not when it is multiplied.
+    """
+    if dtype.itemsize != 2 or case not in spec.cases[:3]:
+        return
+    for dim, stride in ((-1, None), (-2, None), (-3, None), (-4, None), *([(-2, FAR // 2)] * (device.type == "cpu"))):
+        try:
+            rows = list(prove(spec, case, dtype, device, layout=functools.partial(far, dim=dim, stride=stride)))
+        except OSError:  # this machine cannot say
+            return
+        for row in rows:
+            yield replace(row, case={**case, "far": dim if stride is None else f"{dim}, stride {stride}"})
 
 
 Family = Callable[[KernelSpec, Case, torch.dtype, torch.device], Iterator[Comparison]]
@@ -281,6 +409,7 @@ FAMILIES: dict[str, Family] = {
     "values": _values,
     "repeats": _repeats,
     "memory": _memory,
+    "far": _far_addresses,
 }
 
 
@@ -290,3 +419,52 @@ def prove_family(
     """All comparisons of one kernel, case and dtype in one of FAMILIES."""
     for row in FAMILIES[family](spec, case, dtype, device):
         yield replace(row, family=family, case_dtype=dtype)
+
+
+# --- somebody else's kernel ------------------------------------------------------------------------------------------
+
+
+def trial(spec: KernelSpec, device: torch.device) -> list[str]:
+    """The names of the kernels that a spec's function launches on its first case; they are not run.
+
+    ValueError, in one line, where the spec does not fit together; Refused where it could prove nothing.
+    """
+    where = f"on the first case, {dict(spec.cases[0])}"
+
+    def attempt(what: str, run: Callable[[], Any]) -> tuple[Any, list[str]]:
+        with record_launches() as launched:
+            try:
+                return run(), [launch.kernel.__name__ for launch in launched]
+            except Exception as error:
+                message = " ".join(str(error).split())
+                raise ValueError(f"{what} fails {where}: {type(error).__name__}: {message}") from error
+
+    inputs, _ = attempt("make_inputs", lambda: spec.inputs(spec.cases[0], torch.float32, device))
+    if not isinstance(inputs, dict) or not any(
+        isinstance(x, Tensor) and x.is_floating_point() for x in inputs.values()
+    ):
+        raise ValueError(
+            "make_inputs must return the arguments of fn as a dictionary, floating-point tensors among them"
+        )
+    if wrong := [name for name in spec.grads if name not in inputs]:
+        raise ValueError(f"grads names {wrong[0]!r}, and make_inputs returns only {', '.join(inputs)} {where}")
+
+    dy, _ = attempt("eager", lambda: incoming_gradients(spec, inputs, 1))
+    eager, launched = attempt("eager", lambda: evaluate(spec, inputs, dy, "eager"))
+    if launched:
+        raise Refused(f"the reference launches {launched[0]}: give KernelSpec an eager=... made of PyTorch's operators")
+    with guarded_memory():
+        got, launched = attempt("fn", lambda: evaluate(spec, inputs, None, "triton"))
+        for name, y in got.items():
+            if y.shape != eager[name].shape or y.dtype != eager[name].dtype:
+                what = (
+                    f"{y.dtype} {tuple(y.shape)}, and the reference's is {eager[name].dtype} {tuple(eager[name].shape)}"
+                )
+                raise ValueError(f"fn's {name} is {what} {where}")
+        if not launched:
+            raise Refused(f"fn launches no Triton kernel {where}: there is nothing to prove")
+        if all(torch.allclose(y, eager[name], 1e-2, 1e-2) for name, y in got.items()):
+            raise Refused(f"fn gives the same result without its kernels {where}: they are not what would be proven")
+        if spec.grads:
+            launched = attempt("fn", lambda: evaluate(spec, inputs, dy, "triton"))[1]
+    return list(dict.fromkeys(launched))

@@ -239,8 +239,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
 
 def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:
-    M, N = case["M"], case["N"]
-    x = draw.normal(M, N) * 2 + 0.5  # a mean that is not zero shows a variance that cancels
+    N, shape = case["N"], [case[name] for name in "BMN" if name in case]
+    x = draw.normal(*shape) * 2 + case.get("mean", 0.5)
     return {"x": x, "weight": draw.normal(N) + 1, "bias": draw.normal(N) if case.get("bias", True) else None}
 
 
@@ -262,6 +262,7 @@ SPEC = register(
             {"M": 67, "N": 64, "why": "full width, several tiles a program"},
             {"M": 9, "N": 1023, "bias": False, "why": "one masked lane, no bias"},
             {"M": 3, "N": 5000, "why": "one row a tile, many warps"},
+            {"B": 2, "M": 3, "N": 20, "mean": 300.0, "why": "three dimensions, a variance that could cancel"},
         ),
         space={"M": range(80), "N": range(1, 1200), "bias": (True, False)},
         bench_cases=tuple({"M": 65536 * 768 // N, "N": N} for N in (768, 1024, 1280, 1600)),

@@ -62,7 +62,7 @@ class Mutant:
     @property
     def concern(self) -> str:
         """The tests that can see it; of a short address those of long ones alone, which others would only delay."""
-        return f"({CONCERNS[self.op]}) and addresses" if self.name.startswith("int32") else CONCERNS[self.op]
+        return f"({CONCERNS[self.op]}) and (addresses or far)" if self.name.startswith("int32") else CONCERNS[self.op]
 
 
 MUTANTS = (

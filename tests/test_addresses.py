@@ -1,16 +1,15 @@
-"""Addresses of 2^31 elements and more: inputs whose strides reach that far, and outputs that are that large.
+"""Outputs of 2^31 elements and more. Inputs whose strides reach that far are the family "far" of the proof.
 
 The memory is mapped and hardly touched. On a CPU the interpreter runs the last programs of a large grid, no others.
 """
 
-import os
 import sys
 
 import pytest
 import torch
 from conftest import HAS_CUDA
 
-from kernels._proof import compare, evaluate, incoming_gradients, prove
+from kernels._proof import FAR, compare, evaluate, far, incoming_gradients, mapped, prove
 from kernels._registry import all_specs
 from kernels._triton import HAS_TRITON
 
@@ -20,58 +19,19 @@ if HAS_TRITON:
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
 
 SPECS = all_specs()
-FAR = 2**31
 
 
 def _mapped(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A vector of zeros. FAR more lie before it, so that an address which wrapped gives wrong numbers and no crash."""
     try:
-        if device.type == "cuda":
-            return torch.zeros(FAR + numel, dtype=dtype, device=device)[FAR:]
-        # Pages of an anonymous file are made when touched, whatever the machine promises of its memory.
-        with os.fdopen(os.memfd_create("tensor"), "wb") as file:
-            file.truncate((FAR + numel) * dtype.itemsize)
-            return torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=FAR + numel, dtype=dtype)[FAR:]
-    except (OSError, RuntimeError) as error:
-        pytest.skip(f"needs {(FAR + numel) * dtype.itemsize / 2**30:.0f} GiB of memory to be mapped: {error}")
-
-
-def _far(t: torch.Tensor, dim: int, stride: int | None = None) -> torch.Tensor:
-    """The same numbers with a stride in a dimension that takes its last one FAR elements from the first, or as given.
-
-    t itself where it has no such dimension or that is of length 1.
-    """
-    if t.ndim < -dim or t.shape[dim] < 2:
-        return t
-    steps = t.shape[dim] - 1
-    stride = stride or -(-FAR // steps)
-    strides = list(torch.empty(t.select(dim, 0).shape, device="meta").stride())
-    strides.insert(dim % t.ndim, stride)
-    return _mapped(stride * steps + t.numel(), t.dtype, t.device).as_strided(t.shape, strides).copy_(t)
-
-
-@pytest.mark.parametrize("dim", [-1, -2, -3, -4])
-@pytest.mark.parametrize("name", SPECS)
-def test_inputs_reach_far_addresses(name, dim, device):
-    """Every input and incoming gradient, along each of its dimensions."""
-    for case in SPECS[name].cases[:3]:
-        for row in prove(SPECS[name], case, torch.float16, device, layout=lambda t: _far(t, dim)):
-            assert row.passed, f"{row.name}: error {row.error:.3e} > allowed {row.allowed:.3e} on {case}"
-
-
-@pytest.mark.skipif(HAS_CUDA, reason="needs memory that takes no room until it is touched, a CPU's")
-@pytest.mark.parametrize("name", SPECS)
-def test_row_tiles_reach_far_addresses(name, device):
-    """A stride that is an int32 still, and not when it is multiplied by the rows of a tile."""
-    case = SPECS[name].cases[0]
-    for row in prove(SPECS[name], case, torch.float16, device, layout=lambda t: _far(t, -2, 2**30)):
-        assert row.passed, f"{row.name}: error {row.error:.3e} > allowed {row.allowed:.3e} on {case}"
+        return mapped(numel, dtype, device)
+    except OSError as error:
+        pytest.skip(str(error))
 
 
 def test_tiles_of_a_row_reach_far_addresses(device):
     """Of logits in several tiles, the second of which begins 2^31 elements after the first."""
     case = {"M": 1, "V": 9000}
-    for row in prove(SPECS["cross_entropy"], case, torch.float16, device, layout=lambda t: _far(t, -1, 2**18)):
+    for row in prove(SPECS["cross_entropy"], case, torch.float16, device, layout=lambda t: far(t, -1, 2**18)):
         assert row.passed, f"{row.name}: error {row.error:.3e} > allowed {row.allowed:.3e}"
 
 
