@@ -39,7 +39,7 @@ def test_descriptors_are_used_where_the_tensor_allows_it():
     assert _descriptors(half, 2) == [True] * 3
     assert _descriptors(half, 2, arch=80) == [False] * 3
     assert _descriptors(half.float(), 2) == [False] * 3
-    assert _descriptors(half[..., :60], 2) == [False] * 3  # heads of 10, 20 bytes
+    assert _descriptors(half[..., :72], 2) == [False] * 3  # heads of 12, 24 bytes
     assert _descriptors(torch.zeros(half.numel() + 1, dtype=torch.half)[1:].view(half.shape), 2) == [False] * 3
     assert _descriptors(half.mT.contiguous().mT, 2) == _descriptors(half[:, :1].expand(-1, 40, -1), 2) == [False] * 3
 
