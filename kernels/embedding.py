@@ -36,9 +36,11 @@ def _embedding_fwd_kernel(
     idx_ptr, stride_idx,  # (B, T)
     wte_ptr, stride_wte,  # (V, C)
     wpe_ptr, stride_wpe,  # (B, T, C), with strides of 0
-    y_ptr,                # (M, C), M = B T
-    M, T, V, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    y_ptr,                # (M, C)
+    sizes,                # M = B T, T, V, C
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    M, T, V, C = sizes
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
@@ -87,7 +89,7 @@ def embedding_fwd(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> 
         wte, wte.stride(),  # (V, C)
         wpe, wpe.stride(),  # (B, T, C)
         y,                  # (B T, C)
-        B * T, T, V, C, **options,
+        (B * T, T, V, C), **options,
     )  # fmt: skip
     return y
 
