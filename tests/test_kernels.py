@@ -18,6 +18,7 @@ from kernels import (
     document_bounds,
     embedding,
     layer_norm,
+    linear_add_layer_norm,
     residual_dropout_mask,
     use_backend,
 )
@@ -441,6 +442,23 @@ def test_added_norm_is_the_norm_of_the_sum(device):
         y, h = add_layer_norm(x, residual, w, b)
         assert torch.equal(h, x + residual) and torch.equal(y, layer_norm(h, w, b))
         assert all(map(torch.equal, (y, h), add_layer_norm(x, residual, w, b, dropout_p=0.0, seed=4)))
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_bias_before_the_norm_is_added_once(backend, device):
+    """In the kernel, or in the product before it: the sum and the gradient of the bias are the same."""
+    torch.manual_seed(0)
+    x, residual, dh = (torch.randn(9, n, device=device).half() for n in (24, 40, 40))
+    weight, bias = torch.randn(40, 24, device=device), torch.randn(40, device=device, requires_grad=True)
+    norm = torch.ones(40, device=device), torch.zeros(40, device=device)
+    with use_backend(backend):
+        _, h = linear_add_layer_norm(x, weight, bias, residual, *norm)
+        (dbias,) = torch.autograd.grad(h, bias, dh)
+    truth = residual.double() + x.double() @ weight.half().double().T + bias.detach().double()
+    torch.testing.assert_close(h.double(), truth, rtol=2e-3, atol=1e-2)
+    exact = dh.double().sum(0)
+    assert dbias.dtype == torch.float32
+    torch.testing.assert_close(dbias.double(), exact, rtol=1e-5 if backend == "triton" else 1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
