@@ -51,7 +51,7 @@ BOUNDS = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Peer:
-    """make: () -> the function; imports what it needs. package: what pip installs for it, else in words. cuda: needs a GPU."""
+    """make: () -> the function; imports what it needs. package: pip's name for it, or words. cuda: it needs a GPU."""
 
     op: str
     provider: str
@@ -105,7 +105,8 @@ def _varlen() -> Function:
         B, T, _ = qkv.shape
         q, k, v = qkv.flatten(0, 1).unflatten(-1, (3, n_head, -1)).unbind(1)  # each (B * T, H, D)
         starts = torch.arange(0, (B + 1) * T, T, device=qkv.device, dtype=torch.int32)
-        return varlen_attn(q, k, v, starts, starts, T, T, window_size=(-1, 0)).flatten(1).unflatten(0, (B, T))
+        y: Any = varlen_attn(q, k, v, starts, starts, T, T, window_size=(-1, 0))
+        return y.flatten(1).unflatten(0, (B, T))
 
     return call
 
