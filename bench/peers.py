@@ -3,7 +3,11 @@
     untuned             our kernels by their default launch options, where this GPU has a table of its own
     eager, compile      PyTorch's operators through our functions; the same under torch.compile
     sdpa_*, sdpa, flex  PyTorch's attention by a backend of choice
+    varlen              PyTorch's attention over packed sequences, here all of one length
+    linear_ce, linear_ce_chunked    PyTorch's F.linear_cross_entropy (2.13), whole and in chunks
+    compile_chunked     torch.compile with Inductor's auto-chunker
     liger, cce, fla     Liger-Kernel 0.8, Cut Cross-Entropy 25.1, Flash Linear Attention 0.5, where they are installed
+    fa3, fa4, quack     FlashAttention 3 and 4, QuACK, where they are installed
 
 A peer takes the operator's keyword arguments and returns what it returns, from tensors as a model has them: attention
 goes from the packed projection to (B, T, C). Each is called as its documentation calls it, with its defaults.
@@ -37,8 +41,8 @@ NOTES = {
     "eager decode_attention": "on a GPU it cleans the whole cache, because it may not look at the lengths",
     "liger cross_entropy": "it writes the gradient into the logits, so that each call finds that of the one before",
     "cce": "its filter skips gradients near zero, of which random logits, as at the start of training, have few",
-    "losses": "triton, liger and fla compute gradients of linear_cross_entropy in the forward pass, and so does liger "
-    "those of cross_entropy: the backward pass only scales them, so that only both together compare",
+    "losses": "triton, liger, fla and linear_ce_chunked compute gradients of linear_cross_entropy in the forward pass, "
+    "and so does liger those of cross_entropy: the backward pass only scales them, so that only both together compare",
 }
 # peers that write into their arguments: they get copies
 OVERWRITES = {("cross_entropy", "liger")}
@@ -49,7 +53,7 @@ BOUNDS = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Peer:
-    """make: () -> the function; imports what it needs. package: what pip installs for it. cuda: it needs a GPU."""
+    """make: () -> the function; imports what it needs. package: what pip installs for it. cuda: needs a GPU."""
 
     op: str
     provider: str
@@ -96,6 +100,32 @@ def _flex() -> Function:
     return call
 
 
+def _varlen() -> Function:
+    from torch.nn.attention.varlen import varlen_attn
+
+    def call(qkv: Tensor, n_head: int) -> Tensor:
+        B, T, _ = qkv.shape
+        q, k, v = qkv.flatten(0, 1).unflatten(-1, (3, n_head, -1)).unbind(1)  # each (B * T, H, D)
+        starts = torch.arange(0, (B + 1) * T, T, device=qkv.device, dtype=torch.int32)
+        y: Any = varlen_attn(q, k, v, starts, starts, T, T, window_size=(-1, 0))
+        return y.flatten(1).unflatten(0, (B, T))
+
+    return call
+
+
+def _linear_ce(*, chunked: bool) -> Function:
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    theirs = F.linear_cross_entropy  # not in every PyTorch: looked up when the peer is made
+    return lambda x, weight, targets: theirs(x, weight.to(x.dtype), targets, options=options)
+
+
+def _auto_chunker() -> Function:
+    def call(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets)
+
+    return torch.compile(call, dynamic=False, options={"auto_chunker.enable": True})
+
+
 def _decode_sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """The whole cache under a mask of the lengths; unlike our eager path it trusts what lies past them."""
     valid = torch.arange(k_cache.shape[2], device=q.device) < lengths[:, None]  # (B, S)
@@ -139,6 +169,11 @@ def _fla_attention(f: Function, qkv: Tensor, n_head: int) -> Tensor:
     return f(*qkv.unflatten(-1, (3, n_head, -1)).unbind(2)).flatten(2)  # from (B, T, H, D) each
 
 
+def _flash_attention(f: Function, qkv: Tensor, n_head: int) -> Tensor:
+    y = f(*qkv.unflatten(-1, (3, n_head, -1)).unbind(2), causal=True)
+    return (y[0] if isinstance(y, tuple) else y).flatten(2)  # some versions return the log-sum-exp too
+
+
 def _fla_add_norm(
     f: Function, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None
 ) -> Any:
@@ -151,6 +186,15 @@ PEERS = (
     _torch("causal_attention", "sdpa_efficient", lambda: _sdpa(SDPBackend.EFFICIENT_ATTENTION), cuda=True),
     _torch("causal_attention", "sdpa_math", lambda: _sdpa(SDPBackend.MATH)),
     _torch("causal_attention", "flex", _flex),
+    _torch("causal_attention", "varlen", _varlen, cuda=True),
+    Peer(
+        "causal_attention", "fa3", "FlashAttention 3, built from flash-attention/hopper", True,
+        _package("flash_attn_interface", "flash_attn_func", _flash_attention),
+    ),
+    Peer(
+        "causal_attention", "fa4", "flash-attn-4", True,
+        _package("flash_attn.cute", "flash_attn_func", _flash_attention),
+    ),
     _fla("causal_attention", "ops.attn", "parallel_attn", _fla_attention),
     _torch("decode_attention", "sdpa", lambda: _decode_sdpa),
     _torch("decode_attention", "sdpa_full", lambda: _decode_sdpa_full),
@@ -159,6 +203,13 @@ PEERS = (
     _fla("add_layer_norm", "modules.layernorm", "layer_norm", _fla_add_norm),
     _liger("cross_entropy", "liger_cross_entropy", lambda f, logits, targets: f(logits, targets)),
     _fla("cross_entropy", "modules", "FusedCrossEntropyLoss", lambda f, logits, targets: f(logits, targets)),
+    Peer(
+        "cross_entropy", "quack", "quack-kernels", True,
+        _package("quack.cross_entropy", "cross_entropy", lambda f, logits, targets: f(logits, targets)),
+    ),
+    _torch("linear_cross_entropy", "linear_ce", lambda: _linear_ce(chunked=False)),
+    _torch("linear_cross_entropy", "linear_ce_chunked", lambda: _linear_ce(chunked=True)),
+    _torch("linear_cross_entropy", "compile_chunked", _auto_chunker, cuda=True),
     _liger(
         "linear_cross_entropy", "liger_fused_linear_cross_entropy",
         lambda f, x, weight, targets: f(x, weight, targets),
@@ -208,8 +259,8 @@ def providers(
         try:
             functions[peer.provider] = peer.make()
         except Exception as error:  # a package can fail to import in any way
-            reason = f"needs {peer.package} (pip install {peer.package}): {error_line(error)}"
-            missing.setdefault(peer.provider, reason)
+            command = "" if " " in peer.package else f" (pip install {peer.package})"
+            missing.setdefault(peer.provider, f"needs {peer.package}{command}: {error_line(error)}")
     return functions
 
 

@@ -14,9 +14,10 @@ from ._proof import prove
 from ._registry import Case, Draw, KernelSpec
 from ._tables import launch_tables, tables, use_tables
 from .add_layer_norm import add_layer_norm, linear_add_layer_norm, residual_dropout_mask
-from .attention import attention_dropout_mask, causal_attention, document_bounds
+from .attention import attention_dropout_mask, causal_attention, causal_attention_qkv, document_bounds
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
+from .embedding import embedding
 from .gelu import bias_gelu, linear_gelu
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy, lm_logits
@@ -29,10 +30,12 @@ __all__ = [
     "attention_dropout_mask",
     "bias_gelu",
     "causal_attention",
+    "causal_attention_qkv",
     "check_backend",
     "cross_entropy",
     "decode_attention",
     "document_bounds",
+    "embedding",
     "gpu_problem",
     "launch_tables",
     "layer_norm",

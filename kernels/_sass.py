@@ -91,8 +91,8 @@ def loops(sass: str, num_warps: int) -> list[Loop]:
     inner = [
         (a, b) for a, b in spans if not any((a, b) != other and a <= other[0] and other[1] <= b for other in spans)
     ]
-    spans = [(a, b + 1) for a, b in sorted(inner) if b - a + 1 >= _FEWEST]
-    return [_loop([name for _, name, _ in code[a:b]], sum(flops[a:b])) for a, b in spans]
+    counted = [slice(a, b + 1) for a, b in sorted(inner) if b - a + 1 >= _FEWEST]
+    return [_loop([name for _, name, _ in code[span]], sum(flops[span])) for span in counted]
 
 
 def _parse(sass: str) -> list[tuple[int, str, str]]:

@@ -21,11 +21,20 @@ from torch import Tensor
 
 from ._dispatch import use_triton
 from ._dropout import dropout_hash, dropout_threshold, dropout_words, keep_mask, keep_tile, seed_tensor
-from ._launch import as_rows, launch, row_tile, sm_count
+from ._launch import as_rows, launch
 from ._linear import linear
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import NAMESPACE, tl, triton
-from .layer_norm import check_affine, layer_norm, normalize, normalize_gradient, tile_ptrs, too_wide
+from .layer_norm import (
+    backward_options,
+    check_affine,
+    forward_options,
+    layer_norm,
+    normalize,
+    normalize_gradient,
+    tile_ptrs,
+    too_wide,
+)
 
 STREAM = tl.constexpr(2**31 - 1)  # attention counts its streams, one a head, from 0
 
@@ -73,13 +82,14 @@ def _add_layer_norm_fwd_kernel(
 
 @triton.jit
 def _add_layer_norm_bwd_kernel(
-    dy_ptr, dh_ptr,       # (M, N)
+    incoming,             # dy, dh: (M, N)
     saved,                # h: (M, N)  w: (N,)  mean, rstd: (M,)
     gradients,            # dresidual, dx: (M, N)  sums: (programs, SUMS, N) float32, of dw, db and dc
     stride_dy, stride_dh, M, N,
     dropout,              # seed: () or None, threshold, z
-    SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    dy_ptr, dh_ptr = incoming
     h_ptr, w_ptr, mean_ptr, rstd_ptr = saved
     dresidual_ptr, dx_ptr, sums_ptr = gradients
     seed_ptr, threshold, z = dropout
@@ -94,7 +104,7 @@ def _add_layer_norm_bwd_kernel(
     dc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # Row tiles in steps of the grid: a fixed number of programs bounds the partial sums, and their order is fixed.
     offs_m = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    for _ in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    for _ in tl.range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
         dense = offs_m[:, None] * N + offs_n[None, :]  # h, dresidual and dx are ours: contiguous
@@ -142,16 +152,16 @@ def add_layer_norm_fwd(
     h = torch.empty_like(y)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=4096)
+    options = forward_options("add_layer_norm_fwd", rows)
     launch(
-        _add_layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),),
+        _add_layer_norm_fwd_kernel, (triton.cdiv(M, options["BLOCK_M"]),),
         rows,                                                                   # (M, N)
         residual_rows,                                                          # (M, N)
         tuple(None if t is None else t.contiguous() for t in (weight, bias, x_bias)),  # (N,) each
         (h, y, mean, rstd),                                                     # (M, N) twice, (M,) twice
         rows.stride(), residual_rows.stride(), M, N, eps,
         (seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),          # seed: ()
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+        **options,
     )  # fmt: skip
     return y, h, mean, rstd
 
@@ -175,18 +185,16 @@ def add_layer_norm_bwd(
     M, N = dy_rows.shape
     dresidual = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     dx = torch.empty(h.shape if seed is not None else (0,), dtype=h.dtype, device=h.device)
-    BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=2048, per_thread=8)
-    programs = min(triton.cdiv(M, BLOCK_M), 2 * sm_count(h.device))
+    programs, options = backward_options("add_layer_norm_bwd", dy_rows, per_thread=8, programs_per_sm=2)
     sums = torch.empty((programs, n_sums, N), dtype=torch.float32, device=h.device)
     launch(
         _add_layer_norm_bwd_kernel, (programs,),
-        dy_rows,                                                        # (M, N)
-        dh_rows,                                                        # (M, N)
+        (dy_rows, dh_rows),                                             # (M, N) twice
         (h, weight.contiguous(), mean, rstd),                           # (M, N), (N,), (M,), (M,)
         (dresidual, dx, sums),                                          # (M, N) twice, (programs, n_sums, N)
         dy_rows.stride(), dh_rows.stride(), M, N,
         (seed, dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p)),  # seed: ()
-        SUMS=n_sums, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+        SUMS=n_sums, **options,
     )  # fmt: skip
     return dresidual, dx, sums.sum(0)
 

@@ -29,11 +29,12 @@ from torch import Tensor
 from ._dispatch import use_triton
 from ._launch import launch, sm_count
 from ._registry import Case, Draw, KernelSpec, register
+from ._tables import Options, choose
 from ._triton import NAMESPACE, tl, triton
 from .attention import why_unsupported
 
 MAX_SPLITS = 32  # one program merges them, in registers
-_PROGRAMS_PER_SM = 8  # of 128 threads each: enough loads in flight to keep the memory busy
+_SPACE = {"BLOCK_N": (16, 32, 64), "num_warps": (2, 4), "programs_per_sm": (4, 8, 12)}
 
 
 class Meta(NamedTuple):
@@ -45,10 +46,12 @@ class Meta(NamedTuple):
     BLOCK_D: int
 
 
-def _tile(head_dim: int) -> tuple[int, int]:
-    """(BLOCK_N, BLOCK_D) by padded head size: 2,048 elements, with 4 warps 16 a thread of each of k, v and acc."""
-    BLOCK_D = max(16, triton.next_power_of_2(head_dim))
-    return min(128, 2048 // BLOCK_D), BLOCK_D
+def _options(D: int, BLOCK_D: int, q: Tensor) -> Options:
+    """Launch table: tiles of 2,048 elements, with 4 warps 16 a thread of each of k, v and acc; of 8 programs on a
+    multiprocessor there are enough loads in flight to keep the memory busy.
+    """
+    default = {"BLOCK_N": min(128, 2048 // BLOCK_D), "num_warps": 4, "programs_per_sm": 8}
+    return choose("decode_attention", default, _SPACE, q.device, dtype=q.dtype, D=D)
 
 
 @triton.jit
@@ -143,8 +146,10 @@ def _decode_attention_merge_kernel(
 def decode_attention_fwd(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """q: (B, H, D), k_cache, v_cache: (B, H, S, D), lengths: (B,) integers, any strides -> o: (B, H, D) contiguous."""
     B, H, S, D = k_cache.shape
-    BLOCK_N, BLOCK_D = _tile(D)
-    wanted = triton.cdiv(_PROGRAMS_PER_SM * sm_count(q.device), max(1, B * H))
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    options = _options(D, BLOCK_D, q)
+    BLOCK_N = options["BLOCK_N"]
+    wanted = triton.cdiv(options["programs_per_sm"] * sm_count(q.device), max(1, B * H))
     splits = max(1, min(wanted, triton.cdiv(S, BLOCK_N), MAX_SPLITS))
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     parts, lse = o, None
@@ -166,7 +171,7 @@ def decode_attention_fwd(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: T
         S,
         D**-0.5 * math.log2(math.e),
         META=Meta(D, splits > 1, BLOCK_N, BLOCK_D),
-        num_warps=4,
+        num_warps=options["num_warps"],
     )
     if splits > 1:
         launch(

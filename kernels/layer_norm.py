@@ -20,9 +20,35 @@ from torch import Tensor
 from ._dispatch import use_triton
 from ._launch import as_rows, launch, row_tile, sm_count
 from ._registry import Case, Draw, KernelSpec, register
+from ._tables import Options, choose
 from ._triton import NAMESPACE, tl, triton
 
 MAX_N = 32768  # one row is held in the registers of one program
+FORWARD_SPACE = {"BLOCK_M": (1, 2, 4, 8), "num_warps": (4, 8, 16)}
+BACKWARD_SPACE = {
+    "BLOCK_M": (1, 2, 4), "num_warps": (4, 8, 16), "STAGES": (1, 2, 3), "programs_per_sm": (1, 2, 3, 4, 6),
+}  # fmt: skip
+
+
+def forward_options(kernel: str, x: Tensor) -> Options:
+    """Launch table of a forward kernel over rows of x: (..., N)."""
+    BLOCK_M, BLOCK_N, num_warps = row_tile(x.shape[-1], elements=4096)
+    default = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps}
+    return choose(kernel, default, FORWARD_SPACE, x.device, dtype=x.dtype, N=x.shape[-1])
+
+
+def backward_options(kernel: str, x: Tensor, per_thread: int, programs_per_sm: int) -> tuple[int, Options]:
+    """Grid and launch table of a backward kernel over rows of x: (..., N); per_thread as in `row_tile`.
+
+    A fixed number of programs, whatever the rows, bounds the partial sums of the columns.
+    """
+    BLOCK_M, BLOCK_N, num_warps = row_tile(x.shape[-1], elements=2048, per_thread=per_thread)
+    is_small = BLOCK_M * BLOCK_N * x.element_size() <= 8192  # two tiles ahead of up to three inputs: 48 KiB
+    default = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": num_warps, "STAGES": 3 if is_small else 1}
+    default |= {"programs_per_sm": programs_per_sm}
+    options = {**choose(kernel, default, BACKWARD_SPACE, x.device, dtype=x.dtype, N=x.shape[-1])}
+    most = options.pop("programs_per_sm") * sm_count(x.device)
+    return min(triton.cdiv(x.shape[:-1].numel(), options["BLOCK_M"]), most), options
 
 
 @triton.jit
@@ -78,7 +104,7 @@ def _layer_norm_bwd_kernel(
     dy_ptr, x_ptr, w_ptr,  # dy, x: (M, N)  w: (N,)
     statistics,            # mean, rstd: (M,)
     gradients,             # dx: (M, N)  dw, db: (programs, N) float32 sums, or None
-    stride_dy, stride_x, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_dy, stride_x, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     mean_ptr, rstd_ptr = statistics
     dx_ptr, dw_ptr, db_ptr = gradients
@@ -90,7 +116,7 @@ def _layer_norm_bwd_kernel(
     db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # Row tiles in steps of the grid: a fixed number of programs bounds the partial sums, and their order is fixed.
     offs_m = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    for _ in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    for _ in tl.range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
         x_ptrs = tile_ptrs(x_ptr, stride_x, offs_m, offs_n)
@@ -119,17 +145,16 @@ def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean = torch.empty(M, dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
-    BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=4096)
+    options = forward_options("layer_norm_fwd", rows)
     launch(
-        _layer_norm_fwd_kernel, (triton.cdiv(M, BLOCK_M),),
+        _layer_norm_fwd_kernel, (triton.cdiv(M, options["BLOCK_M"]),),
         rows,                                           # (M, N)
         weight.contiguous(),                            # (N,)
         None if bias is None else bias.contiguous(),    # (N,)
         y,                                              # (M, N)
         mean,                                           # (M,)
         rstd,                                           # (M,)
-        rows.stride(), M, N, eps,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+        rows.stride(), M, N, eps, **options,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -148,8 +173,7 @@ def layer_norm_bwd(
     rows, dy_rows = as_rows(x), as_rows(dy)
     M, N = rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    BLOCK_M, BLOCK_N, num_warps = row_tile(N, elements=2048)
-    programs = min(triton.cdiv(M, BLOCK_M), 2 * sm_count(x.device))
+    programs, options = backward_options("layer_norm_bwd", rows, per_thread=16, programs_per_sm=4)
     dw = torch.empty((programs, N if need_dw else 0), dtype=torch.float32, device=x.device)
     db = torch.empty_like(dw)
     launch(
@@ -159,8 +183,7 @@ def layer_norm_bwd(
         weight.contiguous(),    # (N,)
         (mean, rstd),           # (M,) each
         (dx, *((dw, db) if need_dw else (None, None))),  # (M, N), (programs, N) twice
-        dy_rows.stride(), rows.stride(), M, N,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps,
+        dy_rows.stride(), rows.stride(), M, N, **options,
     )  # fmt: skip
     return dx, dw.sum(0), db.sum(0)
 

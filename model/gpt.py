@@ -35,6 +35,7 @@ from kernels import (
     causal_attention,
     decode_attention,
     document_bounds,
+    embedding,
     layer_norm,
     linear,
     linear_add_layer_norm,
@@ -73,8 +74,8 @@ class GPT(nn.Module):
 
         logits: (B, T, V) in self.dtype; logits="last" computes the last position only, (B, 1, V), for generation.
         loss: (), the mean cross-entropy in nats over the targets that are not -100.
-        Raises ValueError for a sequence longer than n_positions, and on a CPU for ids outside the vocabulary. A CUDA
-        device reports those by an assertion of its own: to check would make the host wait in every step.
+        Raises ValueError for a sequence longer than n_positions, and on a CPU for ids outside the vocabulary. On a GPU
+        such an id gives NaN (without our kernels PyTorch ends the process): to check would make the host wait.
 
         documents: (B, T) integers; a token attends only to its own document, a run of equal numbers.
 
@@ -107,18 +108,23 @@ class GPT(nn.Module):
         return head.logits(normed), None  # (B, T or 1, V)
 
     def _embed(self, idx: Tensor, cache: KVCache | None, lengths: Tensor | None) -> Tensor:
-        """(B, T) ids -> (B, T, C), summed in float32 and rounded once."""
+        """(B, T) ids -> (B, T, C)."""
         B, T = idx.shape
         if self.config.n_positions < T:
             raise ValueError(f"a sequence of {T} tokens is longer than the model's {self.config.n_positions} positions")
+        wte, wpe = self.transformer.wte, self.transformer.wpe
         try:
-            tokens = self.transformer.wte(idx)  # (B, T, C)
+            if cache is None:
+                positions = wpe.weight[:T]  # (T, C)
+            else:
+                if not idx.is_cuda:
+                    wte(idx)  # before the cache changes: an id may be outside the vocabulary
+                positions = wpe(cache.extend(B, T, lengths))  # (T, C) or (B, 1, C)
+            x = wte(idx, positions, self.dtype)  # (B, T, C)
         except IndexError:
             low, high, V = int(idx.min()), int(idx.max()), self.config.vocab_size
             raise ValueError(f"token ids must lie in [0, {V}), got ids from {low} to {high}") from None
-        wpe = self.transformer.wpe
-        positions = wpe.weight[:T] if cache is None else wpe(cache.extend(B, T, lengths))  # (T, C) or (B, 1, C)
-        return F.dropout((tokens + positions).to(self.dtype), self.config.embd_pdrop, self.training)
+        return F.dropout(x, self.config.embd_pdrop, self.training)
 
     def _dropout_seeds(self, device: torch.device) -> list[list[Tensor] | None]:
         """The seeds of each block's three dropouts, so that its recomputation draws the same masks.
@@ -318,6 +324,10 @@ class Linear(nn.Linear):
 
 class TiedEmbedding(nn.Embedding):
     """The vectors of the tokens, (V, C), which are also the weights of the output head."""
+
+    def forward(self, idx: Tensor, positions: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, C); with positions, (T, C) or (B, 1, C), added in float32 and rounded once to dtype."""
+        return super().forward(idx) if positions is None else embedding(idx, self.weight, positions, dtype)
 
     def logits(self, x: Tensor) -> Tensor:  # (..., C) -> (..., V)
         return lm_logits(x, self.weight)

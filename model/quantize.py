@@ -126,9 +126,11 @@ class LowPrecisionEmbedding(nn.Module):
         super().__init__()
         self.weight, self.scale, self.product, self.nbytes = weight, scale, product, nbytes
 
-    def forward(self, idx: Tensor) -> Tensor:  # (B, T) -> (B, T, C)
+    def forward(self, idx: Tensor, positions: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """As TiedEmbedding's."""
         x = F.embedding(idx, self.weight)
-        return x if self.scale is None else x * self.scale[idx][..., None]
+        x = x if self.scale is None else x * self.scale[idx][..., None]
+        return x if positions is None else (x + positions).to(dtype)
 
     def logits(self, x: Tensor) -> Tensor:  # (..., C) -> (..., V)
         return self.product(x)

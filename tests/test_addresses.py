@@ -29,9 +29,9 @@ def _mapped(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 
 
 def test_tiles_of_a_row_reach_far_addresses(device):
-    """Of logits in several tiles, whose columns lie 2^31 / 9000 elements apart."""
+    """Of logits in several tiles, the second of which begins 2^31 elements after the first."""
     case = {"M": 1, "V": 9000}
-    for row in prove(SPECS["cross_entropy"], case, torch.float16, device, layout=lambda t: far(t, -1)):
+    for row in prove(SPECS["cross_entropy"], case, torch.float16, device, layout=lambda t: far(t, -1, 2**18)):
         assert row.passed, f"{row.name}: error {row.error:.3e} > allowed {row.allowed:.3e}"
 
 
@@ -103,3 +103,15 @@ def test_large_linear_cross_entropy_gradient_reaches_its_end(device, large_outpu
     targets, none = torch.tensor([0, 0], device=device), torch.zeros(0, device=device)
     scaled, _ = module.linear_cross_entropy_bwd(torch.tensor(3.0, device=device), targets, -100, dx, none)
     assert scaled[-5:].tolist() == [0.0, 1.5, 3.0, 4.5, 6.0]
+
+
+def test_large_embeddings_reach_their_ends(device, large_outputs):
+    """The vectors of more than 2^31 / C tokens, and the gradient of a table of as many."""
+    module = sys.modules[SPECS["embedding"].fn.__module__]
+    rows, C = 2**22 + 2**19 - 1, 512
+    wte, wpe = torch.randn(4, C, device=device).half(), torch.randn(1, C, device=device).half()
+    y = module.embedding_fwd(torch.full((1, 1), 2, device=device).expand(rows, 1), wte, wpe, torch.float16)
+    assert y.numel() >= FAR and torch.equal(y[-1, 0], wte[2] + wpe[0])
+    last = torch.full((1, 3), rows - 1, device=device)
+    dwte = module.embedding_bwd(torch.ones(1, 3, C, device=device), last, rows)
+    assert (dwte[-1] == 3.0).all() and not dwte[-2].any()

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from kernels import causal_attention, document_bounds, use_backend
+from kernels import causal_attention, causal_attention_qkv, document_bounds, use_backend
 from kernels._launch import record_launches
 from kernels._proof import FAMILIES, prove_family
 from kernels._registry import all_specs
@@ -39,7 +39,7 @@ def test_descriptors_are_used_where_the_tensor_allows_it():
     assert _descriptors(half, 2) == [True] * 3
     assert _descriptors(half, 2, arch=80) == [False] * 3
     assert _descriptors(half.float(), 2) == [False] * 3
-    assert _descriptors(half[..., :60], 2) == [False] * 3  # heads of 10, 20 bytes
+    assert _descriptors(half[..., :72], 2) == [False] * 3  # heads of 12, 24 bytes
     assert _descriptors(torch.zeros(half.numel() + 1, dtype=torch.half)[1:].view(half.shape), 2) == [False] * 3
     assert _descriptors(half.mT.contiguous().mT, 2) == _descriptors(half[:, :1].expand(-1, 40, -1), 2) == [False] * 3
 
@@ -57,6 +57,23 @@ def test_both_ways_of_reading_give_the_same_bits(device):
             y = causal_attention(wide, 2)
             results.append((y, *torch.autograd.grad(y, wide, dy)))
     assert all(map(torch.equal, *results))
+
+
+def test_three_tensors_give_the_bits_of_one(device):
+    """Also where q and k are no views of it, and where heads come before positions, as many have them."""
+    qkv = torch.randn(2, 70, 3, 2, 24, dtype=torch.half, device=device, requires_grad=True)
+    dy = torch.randn(2, 70, 2, 24, dtype=torch.half, device=device)
+    with use_backend("triton"):
+        y = causal_attention(qkv.flatten(2), 2, dropout_p=0.3, seed=5).view(dy.shape)
+        (dqkv,) = torch.autograd.grad(y, qkv, dy)
+        for layout in (lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)):
+            q, k, v = (layout(t).detach().requires_grad_() for t in qkv.unbind(2))
+            with record_launches() as launches:
+                causal_attention_qkv(q, k, v)
+            assert all(launch.meta["META"].DESCRIPTORS for launch in launches)
+            o = causal_attention_qkv(q, k, v, dropout_p=0.3, seed=5)
+            gradients = torch.autograd.grad(o, (q, k, v), dy)
+            assert o.equal(y) and torch.stack(gradients, 2).equal(dqkv)
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.float32], ids=str)

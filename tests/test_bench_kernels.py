@@ -1,6 +1,7 @@
 """Benchmarks of the kernels: who is timed, on what, against which roofs; and that nothing wrong is."""
 
 import dataclasses
+import itertools
 import json
 import sys
 import types
@@ -23,8 +24,10 @@ SMALL = {
     "add_layer_norm": {"M": 4, "N": 8},
     "bias_gelu": {"M": 4, "N": 8},
     "causal_attention": {"B": 2, "H": 2, "T": 16, "D": 8},
+    "causal_attention_qkv": {"B": 2, "H": 2, "T": 16, "D": 8},
     "cross_entropy": {"M": 6, "V": 30, "ignored": 0.3},
     "decode_attention": {"B": 3, "H": 2, "S": 12, "D": 8, "full": True},
+    "embedding": {"B": 2, "T": 3, "V": 5, "C": 8},
     "layer_norm": {"M": 4, "N": 8},
     "linear_cross_entropy": {"M": 6, "C": 8, "V": 30},
 }
@@ -139,6 +142,40 @@ def test_pytorch_decoding_agrees():
     assert found["sdpa"] == "" and found["sdpa_full"].startswith("computes something else: y is off by")
 
 
+@pytest.mark.parametrize("provider", ["linear_ce", "linear_ce_chunked"])
+def test_pytorch_linear_cross_entropy_agrees(provider):
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("needs F.linear_cross_entropy, which PyTorch has from 2.13 on")
+    spec, inputs = _inputs("linear_cross_entropy")
+    fn = next(peer for peer in peers.PEERS if peer.provider == provider).make()
+    assert _disagreement(spec, fn, inputs) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_auto_chunker_agrees():
+    spec, inputs = _inputs("linear_cross_entropy")
+    fn = next(peer for peer in peers.PEERS if peer.provider == "compile_chunked").make()
+    assert _disagreement(spec, fn, inputs) == ""
+
+
+def test_packed_attention_agrees(monkeypatch):
+    """By a stand-in: PyTorch's own runs on a GPU alone."""
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+        assert cu_seq_q.dtype == torch.int32 and cu_seq_q.equal(cu_seq_k) and max_q == max_k and window_size == (-1, 0)
+        parts = []
+        for start, stop in itertools.pairwise(cu_seq_q.tolist()):
+            q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
+            parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=varlen_attn))
+    spec, inputs = _inputs("causal_attention")
+    fn = next(peer for peer in peers.PEERS if peer.provider == "varlen").make()
+    assert _disagreement(spec, fn, inputs) == ""
+
+
 def _package(monkeypatch, name, **contents):
     """A package that is not installed: the names that are taken from it, with its own signatures."""
     parts = name.split(".")
@@ -180,6 +217,19 @@ def _fake_packages(monkeypatch):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
 
+    def flash_attn_3(q, k, v, softmax_scale=None, causal=False):
+        assert causal
+        return parallel_attn(q, k, v, scale=softmax_scale)
+
+    def flash_attn_4(q, k, v, softmax_scale=None, causal=False):
+        return flash_attn_3(q, k, v, softmax_scale, causal), None
+
+    def quack_cross_entropy(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean"):
+        return F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction)
+
+    _package(monkeypatch, "flash_attn_interface", flash_attn_func=flash_attn_3)
+    _package(monkeypatch, "flash_attn.cute", flash_attn_func=flash_attn_4)
+    _package(monkeypatch, "quack.cross_entropy", cross_entropy=quack_cross_entropy)
     liger = (liger_layer_norm, liger_cross_entropy, liger_fused_linear_cross_entropy)
     _package(monkeypatch, "liger_kernel.transformers.functional", **{fn.__name__: fn for fn in liger})
     _package(monkeypatch, "cut_cross_entropy", linear_cross_entropy=linear_cross_entropy)

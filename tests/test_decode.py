@@ -116,7 +116,8 @@ def test_number_of_splits_does_not_matter(monkeypatch, device):
     monkeypatch.setattr(
         module, "launch", lambda kernel, grid, *a, **m: grids.add(grid) or launch(kernel, grid, *a, **m)
     )
-    monkeypatch.setattr(module, "_tile", lambda D: (4, 32))
+    table = {"BLOCK_N": 4, "num_warps": 4, "programs_per_sm": 8}
+    monkeypatch.setattr(module, "_options", lambda *widths: table)
     for sms in (1, 3, 10_000):
         monkeypatch.setattr(module, "sm_count", lambda _, sms=sms: sms)
         with use_backend("triton"):

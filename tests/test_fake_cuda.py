@@ -63,6 +63,27 @@ generate("eager", top_p=0.9, repetition_penalty=1.2)
 """)
 
 
+def test_tuning_captures_every_pass(trace):
+    """Of every operator, as kernels/_tune.py times it; Triton's kernels compute nothing here."""
+    trace("""
+from kernels import _tune
+from kernels._registry import all_specs
+from kernels._tables import Choice
+
+machine, captured = _tune.Machine(torch.device("cuda", 0)), 0
+for name, spec in all_specs().items():
+    case = spec.cases[0]
+    for kind in _tune.passes(spec, spec.inputs(case, torch.bfloat16, machine.device)):
+        racers = [_tune.Candidate({}), _tune.Candidate({})]
+        target = _tune.Target(name, torch.bfloat16, Choice("none", {}, {}, {}), kind, racers, [case])
+        _tune.race(target, machine, rounds=4)
+        assert not racers[1].refused, (name, kind, racers[1].refused)
+        assert [len(seconds) for c in racers for seconds in c.seconds] == [4, 4]
+        captured += 1
+assert captured > len(all_specs())
+""")
+
+
 def test_set_up_of_a_gpu(trace):
     """Strictly deterministic, for else PyTorch's attention is not; and Inductor has no advice about a chosen dtype."""
     trace("""

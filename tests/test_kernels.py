@@ -14,7 +14,9 @@ from kernels import (
     attention_dropout_mask,
     bias_gelu,
     causal_attention,
+    causal_attention_qkv,
     document_bounds,
+    embedding,
     layer_norm,
     residual_dropout_mask,
     use_backend,
@@ -33,7 +35,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16] if HAS_CUDA else [torch.
 CASES = [pytest.param(name, i, id=f"{name}-{i}") for name, spec in SPECS.items() for i in range(len(spec.cases))]
 # The interpreter takes seconds for each of attention's: the first two are in the quick suite.
 FAMILY_CASES = [
-    pytest.param(name, i, id=f"{name}-{i}", marks=[pytest.mark.slow] * (name == "causal_attention" and i > 1))
+    pytest.param(name, i, id=f"{name}-{i}", marks=[pytest.mark.slow] * (name.startswith("causal_attention") and i > 1))
     for name, spec in SPECS.items()
     for i in range(len(spec.cases))
 ]
@@ -484,6 +486,22 @@ def test_no_dropout_is_bitwise_the_plain_kernel(device):
         assert torch.equal(causal_attention(qkv, 2, dropout_p=0.0, seed=9), causal_attention(qkv, 2))
 
 
+# --- embedding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 2**40])
+def test_embedding_of_an_unknown_token_is_nan(bad, device):
+    """Nothing else is: its row of the table is not read, and nobody else's gets its gradient."""
+    idx = torch.tensor([[0, 4, bad, 4]], device=device)
+    wide = torch.full((9, 8), 3.0, device=device)  # numbers before the table and after it
+    wte, wpe = wide[2:7].requires_grad_(), torch.zeros(4, 8, device=device)
+    with use_backend("triton"):
+        y = embedding(idx, wte, wpe)
+        (gradient,) = torch.autograd.grad(y, wte, torch.ones_like(y))
+    assert y.isnan().all(-1).tolist() == [[False, False, True, False]] and (y[~y.isnan()] == 3.0).all()
+    assert gradient[:, 0].tolist() == [1.0, 0.0, 0.0, 0.0, 2.0]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -500,6 +518,8 @@ def test_no_dropout_is_bitwise_the_plain_kernel(device):
         (lambda: causal_attention(torch.zeros(2, 3, 12), 2, documents=torch.zeros(2, 3)), "must be integers"),
         (lambda: causal_attention(torch.zeros(2, 3, 12), 2, documents=torch.zeros(2, 3, 3).long()), "must be integers"),
         (lambda: document_bounds(torch.zeros(2, 3)), "must be .* integers"),
+        (lambda: causal_attention_qkv(*torch.zeros(2, 1, 3, 2, 4), torch.zeros(1, 3, 2, 8)), "must be alike"),
+        (lambda: causal_attention_qkv(*torch.zeros(2, 1, 3, 2, 4), torch.zeros(1, 3, 2, 4).half()), "must be alike"),
         (lambda: add_layer_norm(torch.zeros(2, 3), torch.zeros(3), torch.zeros(3)), "must be alike"),
         (lambda: add_layer_norm(torch.zeros(2, 3), torch.zeros(2, 3).half(), torch.zeros(3)), "must be alike"),
         (lambda: add_layer_norm(*torch.zeros(2, 2, 3), torch.zeros(4)), r"weight \(4,\)"),
@@ -508,6 +528,8 @@ def test_no_dropout_is_bitwise_the_plain_kernel(device):
             lambda: add_layer_norm(*torch.zeros(2, 2, 3), torch.zeros(3), x_bias=torch.zeros(2)),
             r"x_bias must be \(3,\)",
         ),
+        (lambda: embedding(torch.zeros(2, 3).long(), torch.zeros(5, 4), torch.zeros(2, 4)), r"got \(2, 3\)"),
+        (lambda: embedding(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(3, 4)), "int32"),
         (lambda: bias_gelu(torch.zeros(2, 3), torch.zeros(4)), r"got \(4,\)"),
         (lambda: bias_gelu(torch.zeros(2, 3), approximate="erf"), "approximate"),
     ],

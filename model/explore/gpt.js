@@ -198,8 +198,9 @@ class Reading {
     for (let head = 0; head < H; head++) {
       const p = this.probabilities(layer, head, t);
       for (let j = 0; j <= t; j++) {
+        const share = p[j];
         const from = j * C + head * D;
-        for (let d = 0; d < D; d++) o[head * D + d] += p[j] * v[from + d];
+        for (let d = 0; d < D; d++) o[head * D + d] += share * v[from + d];
       }
     }
     return block.attn_c_proj.forward(o);
@@ -272,13 +273,14 @@ function norm(x) {
   return Math.sqrt(x.reduce((sum, value) => sum + value * value, 0));
 }
 
+/** In place: scores become the probabilities. */
 function softmax(scores) {
   let most = -Infinity;
-  for (const score of scores) if (score > most) most = score;
-  const p = scores.map((score) => Math.exp(score - most));
+  for (let i = 0; i < scores.length; i++) if (scores[i] > most) most = scores[i];
   let total = 0;
-  for (const value of p) total += value;
-  return p.map((value) => value / total);
+  for (let i = 0; i < scores.length; i++) total += scores[i] = Math.exp(scores[i] - most);
+  for (let i = 0; i < scores.length; i++) scores[i] /= total;
+  return scores;
 }
 
 /** The rows of an embedding that point most in the direction of row n: [[row, cosine], ...]. */

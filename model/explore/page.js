@@ -68,7 +68,7 @@ async function readWeights() {
 const receivers = {
   opened({ models, vocabulary }) {
     Object.assign(state, { models, vocabulary });
-    byId("state").textContent = "";
+    byId("state").hidden = true;
     byId("panes").replaceChildren(...models.map(makePane));
     const isComparison = models.length > 1;
     for (const id of ["writer-label", "model-label", "legend-difference"]) byId(id).hidden = !isComparison;
@@ -191,6 +191,7 @@ function say(words, isWrong = false) {
 }
 
 function fail(reason) {
+  byId("state").hidden = false;
   byId("state").textContent = reason.message ?? reason;
   byId("state").classList.add("wrong");
 }
@@ -365,6 +366,9 @@ function start() {
     event.preventDefault();
     select(null);
     write({ prompt: byId("prompt").value });
+  });
+  byId("prompt").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !state.isBusy) byId("form").requestSubmit();
   });
   byId("read").addEventListener("click", () => write({ prompt: byId("prompt").value }, 0));
   byId("more").addEventListener("click", () => {

@@ -4,7 +4,7 @@
 const MAP_PIXELS = 1040; // of a saved map, at least
 const SVG_LEAST = 0.004; // of attention that is drawn in an SVG file
 
-const view = { layer: 0, head: 0, model: 0, map: null, row: null, shown: 0 };
+const view = { layer: 0, head: 0, model: 0, map: null, row: null, shown: null, reads: [] };
 
 function startViews() {
   byId("model").addEventListener("change", () => {
@@ -125,21 +125,30 @@ function showInside() {
   showToken();
 }
 
-/** The small maps of a layer's heads. */
+const READS = { previous: "the token before", same: "itself", first: "the first token" };
+
+/** The small maps of a layer's heads; with those of the last layer, which head reads each of READS most. */
 function showTiles({ model, layer, heads }) {
   if (model !== view.model) return;
-  const { n_head: H } = state.models[model].config;
+  const { n_head: H, n_layer: L } = state.models[model].config;
+  view.reads.length = layer;
+  view.reads.push(heads.map(({ reads }) => reads));
   heads.forEach(({ cells, reads }, head) => {
     const tile = byId("tiles").children[layer * H + head];
     paint(tile.firstElementChild, cells, Math.sqrt(cells.length));
     const [what, share] = Object.entries(reads).sort((a, b) => b[1] - a[1])[0];
-    const words = share >= 0.3 ? `${what} ${percent(share)}` : "";
-    tile.lastElementChild.textContent = `${layer}.${head} ${words}`;
-    tile.setAttribute(
-      "aria-label",
-      `Layer ${layer}, head ${head}${words ? `, reads mostly the ${what} token, ${percent(share)}` : ""}`,
-    );
+    tile.lastElementChild.textContent = `${layer}.${head} ${what} ${percent(share)}`;
+    const all = Object.entries(READS).map(([name, words]) => `${words} ${percent(reads[name])}`);
+    tile.setAttribute("aria-label", `Layer ${layer}, head ${head}: ${all.join(", ")}`);
+    tile.title = all.join(", ");
   });
+  if (layer < L - 1) return;
+  const all = view.reads.flatMap((row, l) => row.map((reads, head) => ({ name: `${l}.${head}`, reads })));
+  const most = Object.entries(READS).map(([what, words]) => {
+    const best = all.reduce((a, b) => (b.reads[what] > a.reads[what] ? b : a));
+    return `${words}: head ${best.name}, ${percent(best.reads[what])}`;
+  });
+  byId("tiles-about").textContent = `Most on ${most.join("; most on ")}.`;
 }
 
 /** Draw an n by n map, the square root of each share as brightness, which shows small ones too. */

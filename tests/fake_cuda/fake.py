@@ -74,17 +74,33 @@ def _patch_torch() -> None:
             if kind is None:
                 accelerator.set_stream(self.before)
 
-    nothing = dict.fromkeys(("empty_cache", "_lazy_init", "manual_seed_all", "reset_peak_memory_stats"), None)
+    class Event:
+        """On a device without time every interval takes a millisecond."""
+
+        def __init__(self, enable_timing=False): ...
+
+        def record(self, stream=None): ...
+
+        def synchronize(self):
+            accelerator.current_stream().synchronize()
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    nothing = dict.fromkeys(
+        ("empty_cache", "_lazy_init", "manual_seed_all", "reset_peak_memory_stats", "graph_pool_handle"), None
+    )
     numbers = dict.fromkeys(("memory_allocated", "max_memory_allocated", "current_device"), 0)
     answers = {
         **nothing, **numbers, "is_available": True, "device_count": 1, "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
         "get_device_capability": (H100.major, H100.minor), "get_device_properties": H100, "get_device_name": H100.name,
         "mem_get_info": (80 * 2**30, 80 * 2**30),
     }  # fmt: skip
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **options: answer)
     for name, value in {
-        "Stream": torch.Stream, "stream": stream, "graph": graph, "CUDAGraph": CUDAGraph,
+        "Stream": torch.Stream, "Event": Event, "stream": stream, "graph": graph, "CUDAGraph": CUDAGraph,
         "current_stream": lambda device=None: accelerator.current_stream(),
         "synchronize": lambda device=None: accelerator.current_stream().synchronize(),
         "device": contextlib.nullcontext, "manual_seed": torch.default_generator.manual_seed,
