@@ -429,6 +429,8 @@ def trial(spec: KernelSpec, device: torch.device) -> list[str]:
 
     ValueError, in one line, where the spec does not fit together; Refused where it could prove nothing.
     """
+    if not spec.cases:
+        raise ValueError("its spec has no cases: there is nothing to prove")
     where = f"on the first case, {dict(spec.cases[0])}"
 
     def attempt(what: str, run: Callable[[], Any]) -> tuple[Any, list[str]]:

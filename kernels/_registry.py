@@ -87,7 +87,7 @@ class KernelSpec:
             ("eager", "a function or None", self.eager is None or callable(self.eager)),
             ("grads", "a tuple of names", _all(str, self.grads)),
             ("outputs", "a tuple of names", _all(str, self.outputs) and self.outputs != ()),
-            ("cases", "a tuple of at least one dictionary", _all(Mapping, self.cases) and self.cases != ()),
+            ("cases", "a tuple of dictionaries", _all(Mapping, self.cases)),
             ("bench_cases", "a tuple of dictionaries", _all(Mapping, self.bench_cases)),
         ):
             if not fits:
