@@ -23,7 +23,7 @@ from kernels import (
     use_backend,
 )
 from kernels._backend import current_backend
-from kernels._launch import assume_arch, record_launches
+from kernels._launch import assume_arch
 from kernels._proof import FAMILIES, evaluate, incoming_gradients, prove, prove_family
 from kernels._registry import all_specs
 from kernels._triton import HAS_TRITON
@@ -579,23 +579,3 @@ def test_auto_runs_the_kernels_on_a_gpu(monkeypatch):
     monkeypatch.setattr(module, "layer_norm_fwd", lambda x, *rest: calls.append(x) or (x,))
     layer_norm(torch.ones(2, 3, device="cuda"), torch.ones(3, device="cuda"))
     assert len(calls) == 1
-
-
-def test_attention_follows_pytorchs_float32_setting_by_either_name():
-    """Once it was made by the newer name, torch.get_float32_matmul_precision() raises."""
-
-    def precision() -> str:
-        with record_launches(90) as launches, use_backend("triton"):
-            causal_attention(torch.zeros(1, 4, 48), 1)
-        return launches[0].meta["META"].PRECISION
-
-    assert precision() == "ieee"
-    try:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert precision() == "tf32"
-        torch.set_float32_matmul_precision("highest")
-        assert precision() == "ieee"
-        torch.set_float32_matmul_precision("high")
-        assert precision() == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")
