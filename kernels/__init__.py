@@ -9,7 +9,8 @@ from ._compile import no_compilation
 from ._dispatch import check_backend
 from ._machine import gpu_problem
 from .add_layer_norm import add_layer_norm, residual_dropout_mask
-from .attention import attention_dropout_mask, causal_attention, causal_attention_qkv, document_bounds
+from .attention import attention_dropout_mask, causal_attention, document_bounds
+from .attention_qkv import causal_attention_qkv
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .gelu import bias_gelu, linear_gelu
