@@ -14,7 +14,8 @@ from ._proof import prove
 from ._registry import Case, Draw, KernelSpec
 from ._tables import launch_tables, tables, use_tables
 from .add_layer_norm import add_layer_norm, linear_add_layer_norm, residual_dropout_mask
-from .attention import attention_dropout_mask, causal_attention, causal_attention_qkv, document_bounds
+from .attention import attention_dropout_mask, causal_attention, document_bounds
+from .attention_qkv import causal_attention_qkv
 from .cross_entropy import cross_entropy
 from .decode_attention import decode_attention
 from .embedding import embedding

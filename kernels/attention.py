@@ -21,7 +21,6 @@ Minimum memory traffic, in elements: forward 4 BTHD (q, k, v in, o out); backwar
 out).
 """
 
-import dataclasses
 import math
 from collections import namedtuple
 from typing import Any
@@ -196,7 +195,7 @@ def _backward(ctx, do, _dlse):
 attention_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _eager(
+def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, seed: int | Tensor | None, sm_scale: float,
     documents: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -251,7 +250,7 @@ def why_unsupported(head_dim: int) -> str | None:
     return f"the head size {head_dim} is larger than the kernel's {MAX_HEAD_DIM}" if head_dim > MAX_HEAD_DIM else None
 
 
-def _checked(
+def checked_options(
     name: str, shape: tuple[int, int, int], dropout_p: float, sm_scale: float | None, documents: Tensor | None
 ) -> tuple[float, Tensor | None]:
     """sm_scale and the bounds of the documents, for B, T and D. ValueError for what is out of range."""
@@ -294,53 +293,23 @@ def causal_attention(
     if qkv.ndim != 3 or n_head < 1 or shape[-1] % (3 * n_head) or shape[-1] == 0:
         raise ValueError(f"causal_attention: qkv must be (B, T, 3 * n_head * D), got {shape}, n_head {n_head}")
     D = qkv.shape[-1] // (3 * n_head)
-    sm_scale, bounds = _checked("causal_attention", (*qkv.shape[:2], D), dropout_p, sm_scale, documents)
+    sm_scale, bounds = checked_options("causal_attention", (*qkv.shape[:2], D), dropout_p, sm_scale, documents)
     if use_triton("causal_attention", qkv, why_unsupported(D), H=n_head, D=D, dropout_p=0.5 if dropout_p else 0.0):
         seed = seed_tensor(seed, qkv.device) if dropout_p else None
         packed = qkv.unflatten(-1, (3 * n_head, D))
         return attention_fwd(packed, None, None, seed, bounds, dropout_p, sm_scale)[0].flatten(2)
     # three chunks and not one permuted view, whose gradient would be copied once more
     q, k, v = (x.unflatten(-1, (n_head, D)) for x in qkv.chunk(3, -1))
-    return _eager(q, k, v, dropout_p, seed, sm_scale, bounds).flatten(2)
-
-
-def causal_attention_qkv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    sm_scale: float | None = None,
-    documents: Tensor | None = None,
-) -> Tensor:
-    """causal_attention of queries, keys and values that are not packed, as after a rotation of q and k.
-
-    q, k, v: (B, T, H, D) each, any strides, one dtype -> (B, T, H, D); the gradients are three tensors.
-    ValueError if the three differ in shape or dtype, or as causal_attention raises it.
-    """
-    if q.ndim != 4 or not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype or 0 in q.shape[2:]:
-        got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in (q, k, v))
-        raise ValueError(f"causal_attention_qkv: q, k and v must be alike, (B, T, H, D), got {got}")
-    B, T, H, D = q.shape
-    sm_scale, bounds = _checked("causal_attention_qkv", (B, T, D), dropout_p, sm_scale, documents)
-    if use_triton("causal_attention_qkv", q, why_unsupported(D), H=H, D=D, dropout_p=0.5 if dropout_p else 0.0):
-        seed = seed_tensor(seed, q.device) if dropout_p else None
-        return attention_fwd(q, k, v, seed, bounds, dropout_p, sm_scale)[0]
-    return _eager(q, k, v, dropout_p, seed, sm_scale, bounds)
+    return eager_attention(q, k, v, dropout_p, seed, sm_scale, bounds).flatten(2)
 
 
 def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:
     B, H, T, D = (case[name] for name in "BHTD")
-    return {"qkv": draw.normal(B, T, 3 * H * D), "n_head": H} | _options(case, draw)
+    return {"qkv": draw.normal(B, T, 3 * H * D), "n_head": H} | draw_options(case, draw)
 
 
-def _make_inputs_qkv(case: Case, draw: Draw) -> dict[str, Any]:
-    B, H, T, D = (case[name] for name in "BHTD")
-    return {name: draw.normal(B, T, H, D) for name in "qkv"} | _options(case, draw)
-
-
-def _options(case: Case, draw: Draw) -> dict[str, Any]:
+def draw_options(case: Case, draw: Draw) -> dict[str, Any]:
+    """The options that a case names."""
     inputs: dict[str, Any] = {}
     if case.get("dropout_p"):
         inputs |= {"dropout_p": case["dropout_p"], "seed": 0x1234_5678_9ABC}
@@ -375,19 +344,3 @@ SPEC = register(
         large=1.5,  # scores grow with the square: rounding decides near-ties of large ones, in eager too
     )
 )  # fmt: skip
-
-SPEC_QKV = register(
-    dataclasses.replace(
-        SPEC,
-        name="causal_attention_qkv",
-        fn=causal_attention_qkv,
-        make_inputs=_make_inputs_qkv,
-        grads=("q", "k", "v"),
-        cases=(
-            {"B": 2, "H": 2, "T": 97, "D": 32, "dropout_p": 0.2, "why": "heads and sequences, dropout"},
-            {"B": 2, "H": 2, "T": 130, "D": 24, "documents": 4, "why": "documents that end inside tiles"},
-            {"B": 1, "H": 3, "T": 17, "D": 1, "why": "head size 1, one ragged tile"},
-        ),
-        bench_cases=SPEC.bench_cases[1:2],
-    )
-)

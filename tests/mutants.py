@@ -32,6 +32,7 @@ CONCERNS = {
     "_attention": "(attention or dropout or document or future or scores) and not decode and not layer_norm",
     "add_layer_norm": "add_layer_norm or residual or added or bias_before",
     "attention": "(attention or dropout or document or future or scores) and not decode and not layer_norm",
+    "attention_qkv": "attention_qkv or three_tensors",
     "cross_entropy": "(losses or cross_entropy) and not linear",
     "decode_attention": "decode",
     "embedding": "embedding",
@@ -109,6 +110,7 @@ MUTANTS = (
     Mutant("descriptors of unaligned rows", "attention", "step % 16 == 0 for step in steps)",
            "step % 4 == 0 for step in steps)"),
     Mutant("the last document ends early", "attention", "(0, 1), value=T)", "(0, 1), value=T - 1)"),
+    Mutant("the values are the keys", "attention_qkv", "attention_fwd(q, k, v, seed", "attention_fwd(q, k, k, seed"),
     # --- attention, backward
     Mutant("delta in half precision", "_attention", "tl.sum(do_tile.to(tl.float32) * o.to(tl.float32), 1)",
            "tl.sum((do_tile * o).to(tl.float16).to(tl.float32), 1)"),
