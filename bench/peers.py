@@ -53,7 +53,7 @@ BOUNDS = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Peer:
-    """make: () -> the function; imports what it needs. package: what pip installs for it. cuda: needs a GPU."""
+    """make: () -> the function; imports what it needs. package: pip's name for it, or words. cuda: it needs a GPU."""
 
     op: str
     provider: str

@@ -91,7 +91,7 @@ def _is_class(t, V):
 
 
 @triton.jit
-def target_logits(x_ptrs, t, stride_xv, mask_m, V):
+def _target_logits(x_ptrs, t, stride_xv, mask_m, V):
     """x_t: (BLOCK_M,) float32, 0 where the target is no class."""
     return tl.load(x_ptrs + t * stride_xv, mask=mask_m & _is_class(t, V), other=0.0).to(tl.float32)
 
@@ -101,14 +101,14 @@ def rows_forward(
     x_ptrs, t_ptrs, stride_xv, mask_m, V, V_ROW, ignore_index,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """loss, m, l, t, x_t of the BLOCK_M rows that begin at x_ptrs. A target that is no class makes loss and l NaN.
+    """loss, m, l, t of the BLOCK_M rows that begin at x_ptrs. A target that is no class makes loss and l NaN.
 
     V_ROW >= V: elements of a row that may be read.
     """
     t = tl.load(t_ptrs, mask=mask_m, other=0)  # (BLOCK_M,), as are x_t, m_i, l_i and loss
     ignored = t == ignore_index
     mask_m &= t != ignore_index  # ignored rows are not read: zeros in their place
-    x_t = target_logits(x_ptrs, t, stride_xv, mask_m, V)
+    x_t = _target_logits(x_ptrs, t, stride_xv, mask_m, V)
 
     m_j = tl.full((BLOCK_M, LANES), float("-inf"), tl.float32)
     l_j = tl.zeros((BLOCK_M, LANES), dtype=tl.float32)
@@ -124,7 +124,7 @@ def rows_forward(
 
     l_i = tl.where(_is_class(t, V) | ignored, l_i, float("nan"))
     loss = tl.where(ignored, 0.0, (m_i - x_t) + tl.log(l_i))
-    return loss, m_i, l_i, t, x_t
+    return loss, m_i, l_i, t
 
 
 @triton.jit
@@ -143,13 +143,15 @@ def _gradient_tile(
 
 @triton.jit
 def rows_backward(
-    x_ptrs, dx_ptrs, t, x_t, m_i, l_i, scale, stride_xv, mask_m, V, V_ROW, ignore_index, BLOCK_V: tl.constexpr
+    x_ptrs, dx_ptrs, t, m_i, l_i, scale, stride_xv, mask_m, V, V_ROW, ignore_index, BLOCK_V: tl.constexpr
 ):  # fmt: skip
     """Writes scale * (p - [v = t]), 0 in ignored rows, to the contiguous rows at dx_ptrs, which may be x_ptrs.
 
     V_ROW >= V: elements of a row that may be written; those from V on get no meaning.
     """
     counted = mask_m & (t != ignore_index)
+    x_t = _target_logits(x_ptrs, t, stride_xv, counted, V)
+    tl.debug_barrier()  # every thread has read what another one may be about to overwrite
     r_i = tl.where(counted, scale / l_i, 0.0)
     last = (V - 1) // BLOCK_V * BLOCK_V
     for start in range(0, last, BLOCK_V):
@@ -163,12 +165,13 @@ def rows_backward(
 @triton.jit
 def _cross_entropy_fwd_kernel(
     x_ptr, t_ptr, loss_ptr, m_ptr, l_ptr,  # x: (M, V)  t, loss, m, l: (M,)
-    stride_x, M, V, ignore_index,
+    shape_x, stride_x, ignore_index,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
+    M, V = shape_x
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    loss, m_i, l_i, _, _ = rows_forward(
+    loss, m_i, l_i, _ = rows_forward(
         x_ptr + offs_m * stride_x[0], t_ptr + offs_m, stride_x[1], mask_m, V, V, ignore_index,
         BLOCK_M, BLOCK_V, LANES, WIDE,
     )  # fmt: skip
@@ -187,11 +190,9 @@ def _cross_entropy_bwd_kernel(
     t = tl.load(t_ptr + offs_m, mask=mask_m, other=0)  # (BLOCK_M,), as are m_i and l_i
     m_i = tl.load(m_ptr + offs_m, mask=mask_m, other=0.0)
     l_i = tl.load(l_ptr + offs_m, mask=mask_m, other=1.0)
-    x_ptrs = x_ptr + offs_m * stride_x[0]
-    x_t = target_logits(x_ptrs, t, stride_x[1], mask_m, V)
     rows_backward(
-        x_ptrs, dx_ptr + offs_m * V, t, x_t, m_i, l_i, tl.load(scale_ptr), stride_x[1], mask_m, V, V, ignore_index,
-        BLOCK_V,
+        x_ptr + offs_m * stride_x[0], dx_ptr + offs_m * V, t, m_i, l_i, tl.load(scale_ptr), stride_x[1], mask_m, V, V,
+        ignore_index, BLOCK_V,
     )  # fmt: skip
 
 
@@ -214,7 +215,7 @@ def cross_entropy_fwd(logits: Tensor, targets: Tensor, ignore_index: int) -> tup
         losses,                 # (M,)
         m,                      # (M,)
         l,                      # (M,)
-        logits.stride(), M, V, ignore_index, **options, **lanes(logits, options),
+        (M, V), logits.stride(), ignore_index, **options, **lanes(logits, options),
     )  # fmt: skip
     return losses.sum() / target_count(targets, ignore_index), m, l
 

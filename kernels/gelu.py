@@ -23,12 +23,17 @@ from ._dispatch import use_triton
 from ._launch import as_rows, launch, sm_count
 from ._linear import linear
 from ._registry import Case, Draw, KernelSpec, register
+from ._tables import choose
 from ._triton import NAMESPACE, tl, triton
 from .layer_norm import tile_ptrs
 
 APPROXIMATIONS = ("tanh", "none")
 # 256 columns make every access of a row whole 128-byte lines; 16 elements a thread.
-_BLOCK_M, _BLOCK_N, _WARPS = 16, 256, 8
+_TILE = {"BLOCK_M": 16, "BLOCK_N": 256, "num_warps": 8}
+_TILES = {"BLOCK_M": (8, 16), "BLOCK_N": (256, 512), "num_warps": (4, 8)}
+# programs: of the backward kernel on a multiprocessor. In 16 bits its 80 registers a thread leave room for three at a
+# time: as many begin, and they end together.
+_BACKWARD, _BACKWARDS = {**_TILE, "programs": 3}, {**_TILES, "programs": (2, 3, 4, 6)}
 
 
 @triton.jit
@@ -109,13 +114,13 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     rows = as_rows(x)
     M, N = rows.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    options = choose("bias_gelu_fwd", _TILE, _TILES, x.device, dtype=x.dtype, N=N, approximate=approximate)
     launch(
-        _bias_gelu_fwd_kernel, (triton.cdiv(M, _BLOCK_M), triton.cdiv(N, _BLOCK_N)),
+        _bias_gelu_fwd_kernel, (triton.cdiv(M, options["BLOCK_M"]), triton.cdiv(N, options["BLOCK_N"])),
         rows,                                           # (M, N)
         None if bias is None else bias.contiguous(),    # (N,)
         y,                                              # (M, N)
-        rows.stride(), M, N,
-        TANH=approximate == "tanh", BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=_WARPS,
+        rows.stride(), M, N, TANH=approximate == "tanh", **options,
     )  # fmt: skip
     return y
 
@@ -131,8 +136,11 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, 
     rows, dy_rows = as_rows(x), as_rows(dy)
     M, N = rows.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    columns = triton.cdiv(N, _BLOCK_N)
-    programs = min(triton.cdiv(M, _BLOCK_M), triton.cdiv(8 * sm_count(x.device), max(1, columns)))
+    key = {"dtype": x.dtype, "N": N, "approximate": approximate, "bias": need_db}
+    options = {**choose("bias_gelu_bwd", _BACKWARD, _BACKWARDS, x.device, **key)}
+    columns = triton.cdiv(N, options["BLOCK_N"])
+    resident = options.pop("programs") * sm_count(x.device)
+    programs = min(triton.cdiv(M, options["BLOCK_M"]), max(1, resident // max(1, columns)))
     db = torch.empty((programs, N if need_db else 0), dtype=torch.float32, device=x.device)
     launch(
         _bias_gelu_bwd_kernel, (programs, columns),
@@ -141,8 +149,7 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, 
         None if bias is None else bias.contiguous(),    # (N,)
         dx,                                             # (M, N)
         db if need_db else None,                        # (programs, N)
-        dy_rows.stride(), rows.stride(), M, N,
-        TANH=approximate == "tanh", BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=_WARPS,
+        dy_rows.stride(), rows.stride(), M, N, TANH=approximate == "tanh", **options,
     )  # fmt: skip
     return dx, db.sum(0)
 

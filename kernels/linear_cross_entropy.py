@@ -49,13 +49,12 @@ def _loss_kernel(
     mask_m = offs_m < M
     x_ptrs = x_ptr + offs_m * stride_xm
     # Masks at the end of the padded row, a multiple of 64, leave loads and stores 16 bytes wide; V need not be even.
-    loss, m_i, l_i, t, x_t = rows_forward(
+    loss, m_i, l_i, t = rows_forward(
         x_ptrs, t_ptr + offs_m, 1, mask_m, V, stride_xm, ignore_index, BLOCK_M, BLOCK_V, LANES, WIDE
     )
     tl.store(loss_ptr + offs_m, loss, mask=mask_m)
     if GRADIENT:
-        tl.debug_barrier()  # every thread has read what another one is about to overwrite
-        rows_backward(x_ptrs, x_ptrs, t, x_t, m_i, l_i, 1.0, 1, mask_m, V, stride_xm, ignore_index, BLOCK_V)
+        rows_backward(x_ptrs, x_ptrs, t, m_i, l_i, 1.0, 1, mask_m, V, stride_xm, ignore_index, BLOCK_V)
 
 
 @triton.jit

@@ -22,13 +22,15 @@ SUITE = (
     "test_decode.py",
     "test_properties.py",
     "test_addresses.py",
+    "test_linear.py",
 )
 # The tests that concern a file of kernels/, as pytest's -k takes them.
 CONCERNS = {
     "_dropout": "dropout or causal_attention or add_layer_norm",
+    "_linear": "float32_parameters or needs_no_gradient",
     "_launch": "layer_norm or gelu or rowwise",
     "_attention": "(attention or dropout or document or future or scores) and not decode and not layer_norm",
-    "add_layer_norm": "add_layer_norm or residual or added",
+    "add_layer_norm": "add_layer_norm or residual or added or bias_before",
     "attention": "(attention or dropout or document or future or scores) and not decode and not layer_norm",
     "cross_entropy": "(losses or cross_entropy) and not linear",
     "decode_attention": "decode",
@@ -183,6 +185,13 @@ MUTANTS = (
            "tl.store(h_ptr + offs_m.to(tl.int32)[:, None] * N"),
     Mutant("int32 rows of dresidual", "add_layer_norm", "dense = offs_m[:, None] * N",
            "dense = offs_m.to(tl.int32)[:, None] * N"),
+    Mutant("the bias before is added twice", "add_layer_norm", "linear(x, linear_weight, None, working), linear_bias",
+           "linear(x, linear_weight, linear_bias, working), linear_bias"),
+    # --- a linear layer in 16 bits
+    Mutant("dw is rounded to 16 bits", "_linear", "else a.float() @ b.float()", "else (a @ b).float()"),
+    Mutant("db is rounded to 16 bits", "_linear", ".sum(0, dtype=torch.float32)", ".sum(0).float()"),
+    Mutant("dx twice as large", "_linear", "dx = dy @ working if need_dx else None",
+           "dx = 2 * (dy @ working) if need_dx else None"),
     # --- embedding
     Mutant("the position before", "embedding", "(stride_wpe[1], stride_wpe[2]), t, offs_c)",
            "(stride_wpe[1], stride_wpe[2]), tl.maximum(t - 1, 0), offs_c)"),

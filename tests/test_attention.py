@@ -98,3 +98,23 @@ def test_document_bounds(device):
     for backend in ("triton", "eager"):
         with use_backend(backend):
             assert causal_attention(qkv, 2, documents=bounds).equal(causal_attention(qkv, 2, documents=documents))
+
+
+def test_attention_follows_pytorchs_float32_setting_by_either_name():
+    """Once it was made by the newer name, torch.get_float32_matmul_precision() raises."""
+
+    def precision() -> str:
+        with record_launches(90) as launches, use_backend("triton"):
+            causal_attention(torch.zeros(1, 4, 48), 1)
+        return launches[0].meta["META"].PRECISION
+
+    assert precision() == "ieee"
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert precision() == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        assert precision() == "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -21,14 +21,11 @@ from kernels._triton import HAS_TRITON
 CPU = torch.device("cpu")
 ROOFS = Roofs({2**10: 1e-6, 2**20: 1e-4}, {"float32": 1e9})
 SMALL = {
-    "add_layer_norm": {"M": 4, "N": 8},
-    "bias_gelu": {"M": 4, "N": 8},
-    "causal_attention": {"B": 2, "H": 2, "T": 16, "D": 8},
-    "causal_attention_qkv": {"B": 2, "H": 2, "T": 16, "D": 8},
+    **{key: {"M": 4, "N": 8} for key in ("add_layer_norm", "bias_gelu", "layer_norm")},
+    **{key: {"B": 2, "H": 2, "T": 16, "D": 8} for key in ("causal_attention", "causal_attention_qkv")},
     "cross_entropy": {"M": 6, "V": 30, "ignored": 0.3},
     "decode_attention": {"B": 3, "H": 2, "S": 12, "D": 8, "full": True},
     "embedding": {"B": 2, "T": 3, "V": 5, "C": 8},
-    "layer_norm": {"M": 4, "N": 8},
     "linear_cross_entropy": {"M": 6, "C": 8, "V": 30},
 }
 

@@ -96,6 +96,19 @@ def test_two_checkpoints_of_a_run(folder, call):
     assert [model["name"] for model in content(Path("page.html"))[1]] == ["mine, step 3", "mine, step 9"]
 
 
+def test_model_with_and_without_an_adapter(folder, call, monkeypatch):
+    asked = []
+
+    def load_model(run, *, name, adapter):
+        asked.append(adapter)
+        return checkpoint.load_model(run, name=name)
+
+    monkeypatch.setattr("model.explore.__main__.load_model", load_model)
+    assert call("mine", "page.html", "--adapter", "theirs")[0] == 0
+    assert asked == [None, Path("theirs")]
+    assert [model["name"] for model in content(Path("page.html"))[1]] == ["mine, step 3", "mine, step 3, adapted"]
+
+
 def test_gpt2_vocabulary_is_in_the_page():
     tokenizer = GPT2Tokenizer()
     data = pack([], tokenizer, "float16")

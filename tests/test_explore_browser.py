@@ -348,6 +348,7 @@ def test_two_models_read_the_same_text(browser, tmp_path):
     assert panes.nth(0).locator(".totals").inner_text() != panes.nth(1).locator(".totals").inner_text()
     assert opened.page.locator("#choices h4").all_inner_texts() == ["first", "second"]
     opened.page.select_option("#colour", "difference")
+    assert not opened.page.is_visible("#legend-surprise")
     assert opened.page.evaluate("document.querySelectorAll('.text .token[style*=hue]').length") > 0
     opened.page.select_option("#model", "1")
     assert opened.ask(kind="map", model=1, layer=0, head=0)["model"] == 1

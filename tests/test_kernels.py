@@ -18,11 +18,12 @@ from kernels import (
     document_bounds,
     embedding,
     layer_norm,
+    linear_add_layer_norm,
     residual_dropout_mask,
     use_backend,
 )
 from kernels._backend import current_backend
-from kernels._launch import assume_arch, record_launches
+from kernels._launch import assume_arch
 from kernels._proof import FAMILIES, evaluate, incoming_gradients, prove, prove_family
 from kernels._registry import all_specs
 from kernels._triton import HAS_TRITON
@@ -443,6 +444,23 @@ def test_added_norm_is_the_norm_of_the_sum(device):
         assert all(map(torch.equal, (y, h), add_layer_norm(x, residual, w, b, dropout_p=0.0, seed=4)))
 
 
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_bias_before_the_norm_is_added_once(backend, device):
+    """In the kernel, or in the product before it: the sum and the gradient of the bias are the same."""
+    torch.manual_seed(0)
+    x, residual, dh = (torch.randn(9, n, device=device).half() for n in (24, 40, 40))
+    weight, bias = torch.randn(40, 24, device=device), torch.randn(40, device=device, requires_grad=True)
+    norm = torch.ones(40, device=device), torch.zeros(40, device=device)
+    with use_backend(backend):
+        _, h = linear_add_layer_norm(x, weight, bias, residual, *norm)
+        (dbias,) = torch.autograd.grad(h, bias, dh)
+    truth = residual.double() + x.double() @ weight.half().double().T + bias.detach().double()
+    torch.testing.assert_close(h.double(), truth, rtol=2e-3, atol=1e-2)
+    exact = dh.double().sum(0)
+    assert dbias.dtype == torch.float32
+    torch.testing.assert_close(dbias.double(), exact, rtol=1e-5 if backend == "triton" else 1e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_fraction(p):
     keep = attention_dropout_mask(2, 3, 200, p, seed=11)
@@ -561,23 +579,3 @@ def test_auto_runs_the_kernels_on_a_gpu(monkeypatch):
     monkeypatch.setattr(module, "layer_norm_fwd", lambda x, *rest: calls.append(x) or (x,))
     layer_norm(torch.ones(2, 3, device="cuda"), torch.ones(3, device="cuda"))
     assert len(calls) == 1
-
-
-def test_attention_follows_pytorchs_float32_setting_by_either_name():
-    """Once it was made by the newer name, torch.get_float32_matmul_precision() raises."""
-
-    def precision() -> str:
-        with record_launches(90) as launches, use_backend("triton"):
-            causal_attention(torch.zeros(1, 4, 48), 1)
-        return launches[0].meta["META"].PRECISION
-
-    assert precision() == "ieee"
-    try:
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert precision() == "tf32"
-        torch.set_float32_matmul_precision("highest")
-        assert precision() == "ieee"
-        torch.set_float32_matmul_precision("high")
-        assert precision() == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")

@@ -31,9 +31,16 @@ EVERY_KERNEL = {"attention", "layer_norm", "add_layer_norm", "bias_gelu", "linea
 def gpt2(cls=GPT2LMHeadModel, *, dropout=0.0, **options):
     """A small one in training mode, with weights away from zero and one, so that every term of a gradient counts."""
     torch.manual_seed(0)
-    config = {"vocab_size": V, "n_positions": 40, "n_embd": 24, "n_layer": 2, "n_head": 2, **options}
+    config = {
+        "vocab_size": V,
+        "n_positions": 40,
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 2,
+        "scale_attn_by_inverse_layer_idx": True,
+    }
     drops = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
-    model = cls(GPT2Config(**config, **drops, bos_token_id=0, eos_token_id=0, pad_token_id=0))
+    model = cls(GPT2Config(**{**config, **options}, **drops, bos_token_id=0, eos_token_id=0, pad_token_id=0))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -287,8 +287,8 @@ function softmax(scores) {
 function neighbours(embedding, n, count) {
   const row = embedding.row(n);
   const cosines = embedding.forward(row);
-  const length = norm(row);
-  for (let i = 0; i < embedding.n_out; i++) cosines[i] /= norm(embedding.row(i)) * length || 1;
+  embedding.lengths ??= Float64Array.from({ length: embedding.n_out }, (_, i) => norm(embedding.row(i)));
+  for (let i = 0; i < embedding.n_out; i++) cosines[i] /= embedding.lengths[i] * embedding.lengths[n] || 1;
   return topk(cosines, count + 1)
     .filter((i) => i !== n)
     .slice(0, count)

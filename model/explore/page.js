@@ -205,6 +205,9 @@ function makePane({ name }, m) {
     "aria-label": `Text, read by ${name}; arrow keys move`,
   });
   rove(text, ".token");
+  text.addEventListener("scroll", () => {
+    for (const other of document.querySelectorAll(".text")) other.scrollTop = text.scrollTop;
+  });
   text.addEventListener("click", ({ target }) => {
     if (target.dataset.i !== undefined) select(Number(target.dataset.i));
   });
@@ -378,6 +381,7 @@ function start() {
   byId("stop").addEventListener("click", () => worker.postMessage({ kind: "stop" }));
   byId("link").addEventListener("click", copyLink);
   byId("colour").addEventListener("change", () => {
+    byId("legend-surprise").hidden = byId("colour").value === "difference";
     document.querySelectorAll(".text").forEach((text, m) => {
       for (const span of text.children) colour(span, tokenAt(Number(span.dataset.i))?.rows, m);
     });

@@ -114,8 +114,8 @@ class MemoryModel:
         c_attn, backward  all gradients but that of the position table, on a CPU that of c_attn's weight in `dtype` too,
                           3 rows
         end               all gradients, and that of the token table again: from the output head, from the embedding,
-                          and their sum, a third tensor unless autograd may write it over the first (eager); or the
-                          rows' gradient in float32 in its place
+                          and their sum, a third tensor unless autograd may write it over the first (eager); or, eager,
+                          the rows' gradient in float32 in its place
         update            all gradients, and Muon's scratch
 
     A CUDA device pads the rows of eager's table to a multiple of 128, which is always a copy. Not counted: what is
@@ -288,7 +288,8 @@ class _Step:
         """The end of the backward pass: the gradients of the two embeddings."""
         inner = 0 if self.model.accumulate else self._inner_gradients
         end = 2 * (self.ids + self.table) + self.config.n_positions * self.C * 4 + inner
-        return [end + max((self.table_gradients - 1) * self.table, 4 * self.M * self.C)]
+        rows = 4 * self.M * self.C if self.eager else 0
+        return [end + max((self.table_gradients - 1) * self.table, rows)]
 
     def evaluation(self) -> int:
         """A forward pass without gradients, beyond the weights."""
