@@ -154,7 +154,7 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype | None =
             f"got {tuple(idx.shape)} {idx.dtype}, {tuple(wte.shape)} and {tuple(wpe.shape)}"
         )
     dtype = wte.dtype if dtype is None or wte.dtype == torch.float64 else dtype
-    if use_triton("embedding", wte, C=C, dtype=dtype):
+    if use_triton("embedding", wte, C=C, out_dtype=dtype):
         return embedding_fwd(idx, wte, wpe, dtype)
     return (F.embedding(idx, wte) + wpe).to(dtype)
 
@@ -164,7 +164,7 @@ def _make_inputs(case: Case, draw: Draw) -> dict[str, Any]:
     wte, wpe = draw.normal(V, C), draw.normal(B, 1, C) if case.get("single") else draw.normal(T, C)
     if case.get("wide"):
         wte, wpe = wte.float(), wpe.float()
-    return {"idx": draw.integers(0, V, B, T), "wte": wte, "wpe": wpe, "dtype": case.get("dtype", draw.dtype)}
+    return {"idx": draw.integers(0, V, B, T), "wte": wte, "wpe": wpe, "dtype": case.get("out_dtype", draw.dtype)}
 
 
 def _bytes_moved(case: Case, dtype: torch.dtype) -> tuple[int, int]:
