@@ -76,16 +76,19 @@ def chunk_rows(M: int, row_bytes: int, device: torch.device) -> int:
     return max(1, triton.cdiv(M, 64 * chunks)) * 64
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out = a @ b, or out += a @ b in float32. Skipped while launches are only recorded: quick at any width."""
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, beta: float | None = None) -> None:
+    """out = a @ b; with a beta, out = beta * out + a @ b in float32, where 0 does not read out.
+
+    Skipped while launches are only recorded: quick at any width.
+    """
     if recording():
         return
-    if not add:
+    if beta is None:
         torch.mm(a, b, out=out)
     elif a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        torch.addmm(out, a, b, beta=beta, out_dtype=torch.float32, out=out)
     else:
-        out.addmm_(a.float(), b.float())
+        out.addmm_(a.float(), b.float(), beta=beta)
 
 
 def _loss_eager(g: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, gradient: bool) -> None:
@@ -109,7 +112,7 @@ def linear_cross_entropy_fwd(
     (M, C), V = x.shape, weight.shape[0]
     w, targets = weight.to(x.dtype), targets.contiguous()
     dx = torch.empty((M, C) if need_dx else 0, dtype=x.dtype, device=x.device)
-    dw = torch.empty((V, C) if need_dw else 0, dtype=torch.float32, device=x.device).zero_()
+    dw = (torch.empty if M else torch.zeros)((V, C) if need_dw else 0, dtype=torch.float32, device=x.device)
     losses = torch.empty(M, dtype=torch.float32, device=x.device)
     # Rows of the scratch begin at multiples of 128 bytes for the kernel, without gaps for PyTorch, which would copy it.
     V_ROW = V if eager else triton.cdiv(V, 64) * 64
@@ -135,7 +138,7 @@ def linear_cross_entropy_fwd(
         if need_dx:
             _multiply(g, w, dx[chunk])
         if need_dw:
-            _multiply(g.T, x[chunk], dw, add=True)
+            _multiply(g.T, x[chunk], dw, beta=float(start > 0))
     return losses.sum() / target_count(targets, ignore_index), dx, dw
 
 

@@ -266,9 +266,9 @@ MUTANTS = (
     # --- linear_cross_entropy
     Mutant("the last chunk is forgotten", "linear_cross_entropy", "for start in range(0, M, rows):",
            "for start in range(0, max(rows, M // rows * rows), rows):"),
-    Mutant("dw of the last chunk alone", "linear_cross_entropy", "out.addmm_(a.float(), b.float())",
-           "out.zero_().addmm_(a.float(), b.float())"),
-    Mutant("dw begins with what was there", "linear_cross_entropy", "device=x.device).zero_()", "device=x.device)"),
+    Mutant("dw of the last chunk alone", "linear_cross_entropy", "b.float(), beta=beta)",
+           "b.float(), beta=0.0)"),
+    Mutant("dw begins with what was there", "linear_cross_entropy", "beta=float(start > 0)", "beta=1.0"),
     Mutant("targets of the first chunk", "linear_cross_entropy", "            targets[chunk], ",
            "            targets[: chunk.stop - chunk.start], "),
     Mutant("no division by the count", "linear_cross_entropy",

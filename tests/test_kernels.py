@@ -26,7 +26,7 @@ from kernels._backend import current_backend
 from kernels._launch import assume_arch
 from kernels._proof import FAMILIES, evaluate, incoming_gradients, prove, prove_family
 from kernels._registry import all_specs
-from kernels._triton import HAS_TRITON
+from kernels._triton import HAS_TRITON, NAMESPACE
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
 
@@ -232,7 +232,7 @@ class _Recorder(TorchDispatchMode):
         self.calls = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "gpt2":
+        if func.namespace == NAMESPACE:
             self.calls.setdefault(func, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
         return func(*args, **(kwargs or {}))
 
@@ -266,7 +266,7 @@ class _Gradients(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "gpt2" and "_bwd" in func.__name__:
+        if func.namespace == NAMESPACE and "_bwd" in func.__name__:
             self.n += sum(t.numel() for t in (result if isinstance(result, tuple) else (result,)))
         return result
 
