@@ -149,7 +149,6 @@ def test_pytorch_linear_cross_entropy_agrees(provider):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_auto_chunker_agrees():
     spec, inputs = _inputs("linear_cross_entropy")
     fn = next(peer for peer in peers.PEERS if peer.provider == "compile_chunked").make()
