@@ -8,7 +8,7 @@ All start from the same weights, take the same batch of random tokens, run witho
     +attention     eager with our attention
     +layer_norm    and our LayerNorms
     +gelu          and our GELU
-    triton         and our loss: all operators are ours
+    triton         and our loss and embedding: all operators are ours
     triton+graph   the same, the optimizer included, as one CUDA graph
     trainer        the step of train.py: that, with weights kept in the activations' dtype, clipping inside the
                    optimizer, and guards; on a CPU eager and without a graph

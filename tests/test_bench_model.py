@@ -78,6 +78,7 @@ def test_each_rung_of_the_ladder_runs_its_kernels(no_profiler):
     norms = {"layer_norm_fwd", "layer_norm_bwd", "add_layer_norm_fwd", "add_layer_norm_bwd"}
     attention = {"attention_fwd", "attention_bwd"}
     loss = {"linear_cross_entropy_fwd", "linear_cross_entropy_bwd"}
+    embedding = {"embedding_fwd", "embedding_bwd"}
 
     class Seen(TorchDispatchMode):
         def __init__(self):
@@ -100,7 +101,9 @@ def test_each_rung_of_the_ladder_runs_its_kernels(no_profiler):
     assert kept["plain"] > kept["eager"]  # the probabilities of every head
     gelu = ops["+gelu"] - ops["+layer_norm"]
     assert ops["+attention"] == attention | loss and ops["+layer_norm"] == attention | norms | loss
-    assert gelu and all("gelu" in name for name in gelu) and ops["triton"] == attention | norms | gelu | loss
+    assert (
+        gelu and all("gelu" in name for name in gelu) and ops["triton"] == attention | norms | gelu | loss | embedding
+    )
     assert list(proof.losses) == list(ops) and all(a > b > c for a, b, c in proof.losses.values())
 
 

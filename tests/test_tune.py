@@ -554,7 +554,6 @@ def test_command_ends_well(gpu, capsys, tmp_path):
     gpu.seconds = _interrupt
     assert command.main(["tune", *ARGV, "--quick"]) == 130
     assert "interrupted; 0 measured" in capsys.readouterr().out
-    assert command.main(["tune", "--op", "bias_gelu", "layer_norm"]) in (0, 130)  # as soon as they declare a space
     (tmp_path / "user").rename(tmp_path / "moved")
     (tmp_path / "user").touch()
     assert "KERNELS_TABLES names another folder" in _refused(ARGV, capsys)
