@@ -17,7 +17,7 @@ SPECS = all_specs()
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "shapes"])
-@pytest.mark.parametrize("name", [name for name in SPECS if name.startswith("causal_attention")])
+@pytest.mark.parametrize("name", ["causal_attention", pytest.param("causal_attention_qkv", marks=pytest.mark.slow)])
 def test_every_family_of_attention_by_descriptors(name, family, device):
     """Float32 is read through pointers."""
     spec = SPECS[name]

@@ -177,6 +177,7 @@ def _tuned(folder):
     return _tune.Tuned(table, measured=3, hash="0123456789ab")
 
 
+@pytest.mark.slow  # it runs every benchmark
 @pytest.mark.parametrize("red", [(), (("layer_norm", BF16),)])
 def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
     clock, asked, order = Clock(), {}, []
@@ -244,6 +245,7 @@ def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
     assert refusal(argv, capsys).endswith("name another file, or move that one away\n")
 
 
+@pytest.mark.slow  # it proves every kernel
 def test_without_a_check_each_kernel_is_proven_before_it_is_timed(tmp_path, monkeypatch):
     """And the command still fails: the proof is what it is for."""
     asked = []

@@ -34,9 +34,10 @@ SPECS = all_specs()
 # bfloat16 arithmetic is silently wrong in the interpreter.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if HAS_CUDA else [torch.float32, torch.float16]
 CASES = [pytest.param(name, i, id=f"{name}-{i}") for name, spec in SPECS.items() for i in range(len(spec.cases))]
-# The interpreter takes seconds for each of attention's: the first two are in the quick suite.
+# The interpreter takes seconds for each of attention's: the first two are in the quick suite, of its packed form.
+QUICK = {"causal_attention": 2, "causal_attention_qkv": 0}
 FAMILY_CASES = [
-    pytest.param(name, i, id=f"{name}-{i}", marks=[pytest.mark.slow] * (name.startswith("causal_attention") and i > 1))
+    pytest.param(name, i, id=f"{name}-{i}", marks=[pytest.mark.slow] * (i >= QUICK.get(name, i + 1)))
     for name, spec in SPECS.items()
     for i in range(len(spec.cases))
 ]

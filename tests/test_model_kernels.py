@@ -75,6 +75,7 @@ def test_dropout_acts_in_training_mode_only(device):
     assert draws.isfinite().all() and not torch.equal(draws[0], draws[1]) and torch.equal(still[0], still[1])
 
 
+@pytest.mark.slow
 def test_32_training_steps_agree(device):
     """AdamW from the same start on both paths: the losses stay together."""
     from model.training.optim import adamw

@@ -81,6 +81,7 @@ def test_wrong_kernel_is_found(change, found, file, capsys):
     assert code == 1 and "FAILED squared_relu float32" in out and found in out
 
 
+@pytest.mark.slow  # for three architectures
 def test_template_is_compiled_without_a_gpu(file):
     """In a process of its own: what is compiled cannot be interpreted."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
