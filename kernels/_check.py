@@ -58,7 +58,9 @@ class CheckResult:
         for kernel, dtype in sorted(groups, key=lambda group: group[0]):  # dtypes in the order of the check
             group = groups[kernel, dtype]
             worst = [max((c for c in group if c.family == name), key=_severity, default=None) for name in FAMILIES]
-            cells = "".join(f"{'-' if c is None else format(c.ratio, '.2f' if c.ratio < 1e4 else '.1e'):>9}" for c in worst)
+            cells = "".join(
+                f"{'-' if c is None else format(c.ratio, '.2f' if c.ratio < 1e4 else '.1e'):>9}" for c in worst
+            )
             top = max(group, key=_severity)
             lines.append(f"{kernel:<22} {dtype_name(dtype):<9}{cells}  {top.name}: {case_text(top.case)}")
         return lines

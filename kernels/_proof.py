@@ -196,11 +196,13 @@ def _compared(
 
 def launched(spec: KernelSpec, case: Case, dtype: torch.dtype) -> None:
     """Call the kernel as every family below does, inside record_launches: in each layout, forward and backward."""
-    drawn = spec.inputs(case, dtype, torch.device("cpu"))
-    for layout in (lambda: _plain, *LAYOUTS.values()):
-        inputs = _each(arranged := layout(), drawn)
-        outputs = _each(_plain, evaluate(spec, inputs, None, "triton"))
-        evaluate(spec, inputs, _each(arranged, outputs), "triton")
+    cpu = torch.device("cpu")
+    drawn = spec.inputs(case, dtype, cpu)
+    for layout in (lambda: _plain, *LAYOUTS.values(), *_far_layouts(spec, case, dtype, cpu).values()):
+        with contextlib.suppress(OSError):  # far addresses, where there are none
+            inputs = _each(arranged := layout(), drawn)
+            outputs = _each(_plain, evaluate(spec, inputs, None, "triton"))
+            evaluate(spec, inputs, _each(arranged, outputs), "triton")
 
 
 # --- layouts and numbers ---------------------------------------------------------------------------------------------
@@ -386,20 +388,29 @@ def far(t: Tensor, dim: int, stride: int | None = None) -> Tensor:
     return mapped(stride * steps + t.numel(), t.dtype, t.device).as_strided(t.shape, strides).copy_(t)
 
 
-def _far_addresses(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    """Inputs and incoming gradients that reach FAR elements, along each dimension: the first cases, in half precision.
+def _far_layouts(
+    spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], Transform]]:
+    """Layouts that reach FAR elements, along each dimension: of the first cases, in half precision.
 
     On a CPU, where the memory is only mapped, also rows whose stride is an int32 still, and not when it is multiplied.
     """
     if dtype.itemsize != 2 or case not in spec.cases[:3]:
-        return
-    for dim, stride in ((-1, None), (-2, None), (-3, None), (-4, None), *([(-2, FAR // 2)] * (device.type == "cpu"))):
+        return {}
+    layouts = {str(dim): functools.partial(far, dim=dim) for dim in (-1, -2, -3, -4)}
+    if device.type == "cpu":
+        layouts[f"-2, stride {FAR // 2}"] = functools.partial(far, dim=-2, stride=FAR // 2)
+    return {name: lambda layout=layout: layout for name, layout in layouts.items()}  # type: ignore[misc]
+
+
+def _far_addresses(spec: KernelSpec, case: Case, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    for name, layout in _far_layouts(spec, case, dtype, device).items():
         try:
-            rows = list(prove(spec, case, dtype, device, layout=functools.partial(far, dim=dim, stride=stride)))
+            rows = list(prove(spec, case, dtype, device, layout=layout()))
         except OSError:  # this machine cannot say
             return
         for row in rows:
-            yield replace(row, case={**case, "far": dim if stride is None else f"{dim}, stride {stride}"})
+            yield replace(row, case={**case, "far": name})
 
 
 Family = Callable[[KernelSpec, Case, torch.dtype, torch.device], Iterator[Comparison]]

@@ -17,7 +17,7 @@ SMALL = GPTConfig(vocab_size=61, n_positions=40, n_embd=48, n_layer=2, n_head=3)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if HAS_CUDA else [torch.float32, torch.float16]
 
 
-def _run(config, backend, dtype, device, B, T, seed=3):
+def _run(config, backend, dtype, device, B, T, seed=3, **apart):
     """Logits, loss and gradients by name, of the same weights and batch."""
     torch.manual_seed(seed)
     model = GPT(config, dtype=dtype)
@@ -28,7 +28,7 @@ def _run(config, backend, dtype, device, B, T, seed=3):
         model = model.double()
     model = model.to(device)
     idx, targets = torch.randint(config.vocab_size, (2, B, T)).to(device)
-    with use_backend(backend):
+    with use_backend(backend, **apart):
         with torch.no_grad():
             logits, _ = model(idx)
         _, loss = model(idx, targets)
@@ -37,12 +37,13 @@ def _run(config, backend, dtype, device, B, T, seed=3):
     return {"logits": logits, "loss": loss.detach(), **gradients}
 
 
-def _assert_proved(config, dtype, device, B, T, seeds=(3,)):
+def _assert_proved(config, dtype, device, B, T, seeds=(3,), **apart):
     """The rule for every tensor of every draw; for the loss, one number that eager may hit by luck, over all draws."""
     losses = []
     for seed in seeds:
         truth = {k: v.double() for k, v in _run(config, "eager", torch.float64, device, B, T, seed).items()}
-        eager, got = (_run(config, backend, dtype, device, B, T, seed) for backend in ("eager", "triton"))
+        eager = _run(config, "eager", dtype, device, B, T, seed)
+        got = _run(config, "triton", dtype, device, B, T, seed, **apart)
         assert len(got) == 2 + 2 * 12 + 4
         for name in truth:
             row = compare("model", {}, name, got[name], eager[name], truth[name], gradient=True)
@@ -61,7 +62,9 @@ def test_logits_loss_and_every_gradient(dtype, device):
 @pytest.mark.slow
 def test_gpt2_training_step_with_two_layers(device):
     """GPT-2's own width, heads and vocabulary."""
-    _assert_proved(dataclasses.replace(PRESETS["gpt2"], n_layer=2), torch.float32, device, B=1, T=12)
+    # the embedding's gradient has three programs a token: 150,000, which the interpreter runs one after another
+    apart = {} if HAS_CUDA else {"embedding": "eager"}
+    _assert_proved(dataclasses.replace(PRESETS["gpt2"], n_layer=2), torch.float32, device, B=1, T=12, **apart)
 
 
 def test_dropout_acts_in_training_mode_only(device):
