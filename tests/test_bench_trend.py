@@ -224,7 +224,7 @@ def test_commit_has_a_date():
 
 
 def test_workflow_runs_commands_that_exist(monkeypatch, tmp_path, capsys):
-    yaml = pytest.importorskip("yaml")
+    yaml = pytest.importorskip("yaml", reason="needs the pyyaml package")
     jobs = yaml.safe_load((ROOT / "bench/github-workflow.yml").read_text())["jobs"]
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)

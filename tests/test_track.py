@@ -165,7 +165,7 @@ def test_older_option_is_understood(here, libraries):
 
 @pytest.mark.slow
 def test_only_the_first_process_logs(here):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="needs the tensorboard package: make track installs it")
     command = [
         sys.executable,
         "-m",
@@ -197,7 +197,7 @@ def two_processes(here, library: str) -> list[tuple[int, float]]:
 
 @pytest.mark.slow
 def test_tensorboard_reads_the_run(here):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="needs the tensorboard package: make track installs it")
     expected = two_processes(here, "tensorboard")
     code = "from tensorboard.backend.event_processing.event_accumulator import EventAccumulator as E; import json; "
     code += "f = E('run/tensorboard').Reload(); print(json.dumps([[e.step, e.value] for e in f.Scalars('loss')]))"
@@ -207,7 +207,7 @@ def test_tensorboard_reads_the_run(here):
 
 @pytest.mark.slow
 def test_trackio_stores_the_run(here):
-    pytest.importorskip("trackio")
+    pytest.importorskip("trackio", reason="needs the trackio package: make track installs it")
     expected = two_processes(here, "trackio")
     with sqlite3.connect(here / "trackio/gpt2.db") as database:
         stored = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
@@ -237,7 +237,7 @@ def wandb_records(content: bytes) -> Iterator[bytes]:
 
 @pytest.mark.slow
 def test_wandb_stores_the_run(here):
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="needs the wandb package: make track installs it")
     expected = two_processes(here, "wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 

@@ -390,7 +390,7 @@ def test_surveys_see_defaults_unless_they_are_of_the_gpu_itself():
         assert _ask() == DEFAULT
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton, which is published for Linux")
 def test_preflight_compiles_what_the_table_launches(monkeypatch):
     """Or a capture would meet a kernel that is not compiled."""
     _write(_path())
