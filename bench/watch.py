@@ -22,7 +22,7 @@ from bench.timing import Call, Measured, Refused
 from kernels import _proof
 from kernels._registry import Case, KernelSpec
 
-# As peers.BOUNDS, of the largest error and the largest number: rounding stays below it, a row left out does not.
+# As peers.BOUNDS, of the largest error and the largest number: rounding stays below it, a skipped row does not.
 _WORST = {torch.float32: 2e-2, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 _BELIEVED = 0.5  # of the floor: a copy, which sets it, is not the fastest way to read
 
