@@ -226,7 +226,8 @@ def plan(result: _check.CheckResult, roofs: roofline.Roofs) -> list[Job]:
 
     names = list(all_specs())
     core = ("eager", "compile", "triton", "triton+graph", "trainer", "hf")
-    everyone = tuple(name for name in PROVIDERS if name != "nanogpt")
+    compiled = ("compile", *peers.STEP_PEERS, "triton+graph", "trainer")
+    everyone = tuple(name for name in PROVIDERS if name not in ("nanogpt", *peers.STEP_PEERS))
     return [
         train(64, 90, core),
         *(kernel(name, torch.bfloat16) for name in names),
@@ -236,6 +237,7 @@ def plan(result: _check.CheckResult, roofs: roofline.Roofs) -> list[Job]:
         train(16, 120, everyone),
         *(kernel(name, torch.bfloat16, slice(1, None)) for name in names),
         *(kernel(name, dtype) for dtype in (torch.float16, torch.float32) for name in names),
+        train(64, 180, compiled),
         train(32, 60, core),
     ]
 

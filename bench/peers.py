@@ -50,6 +50,8 @@ OVERWRITES = {("cross_entropy", "liger")}
 # in them and float16's smallest gradients stay below it, and TF32 in float32; another function does not.
 BOUNDS = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
+AUTO_CHUNKER: dict[str, Any] = {"auto_chunker.enable": True}  # an option of Inductor's
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -119,11 +121,12 @@ def _linear_ce(*, chunked: bool) -> Function:
     return lambda x, weight, targets: theirs(x, weight.to(x.dtype), targets, options=options)
 
 
-def _auto_chunker() -> Function:
-    def call(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets)
+def _whole_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight.to(x.dtype)).float(), targets)
 
-    return torch.compile(call, dynamic=False, options={"auto_chunker.enable": True})
+
+def _auto_chunker() -> Function:
+    return torch.compile(_whole_loss, dynamic=False, options=AUTO_CHUNKER)
 
 
 def _decode_sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
@@ -214,6 +217,13 @@ PEERS = (
         "linear_cross_entropy", "liger_fused_linear_cross_entropy",
         lambda f, x, weight, targets: f(x, weight, targets),
     ),
+    Peer(
+        "linear_cross_entropy", "quack", "quack-kernels", True,
+        _package(
+            "quack.linear_cross_entropy", "chunked_linear_cross_entropy",
+            lambda f, x, weight, targets: f(x, weight, targets),
+        ),
+    ),
     _cce("cce"),
     _cce("cce_exact", filter_eps=None),
     _fla(
@@ -221,6 +231,13 @@ PEERS = (
         lambda f, x, weight, targets: f(x, targets, weight),
     ),
 )  # fmt: skip
+# Those whose operator bench/train_step.py puts into a compiled step; the auto-chunker works on the whole step.
+_IN_STEPS = ("varlen", "fa3", "fa4", "linear_ce", "linear_ce_chunked", "auto_chunker", "liger", "cce", "quack")
+STEP_PEERS = {
+    f"compile+{peer.provider}": peer
+    for peer in (*PEERS, _torch("linear_cross_entropy", "auto_chunker", lambda: _whole_loss, cuda=True))
+    if peer.provider in _IN_STEPS and peer.op in ("causal_attention", "linear_cross_entropy")
+}
 
 
 def known_providers(op: str | None = None) -> list[str]:
@@ -253,15 +270,23 @@ def providers(
     for peer in PEERS:
         if peer.op != spec.name or peer.provider not in wanted:
             continue
-        if peer.cuda and device.type != "cuda":
-            missing.setdefault(peer.provider, "needs a CUDA device")
-            continue
-        try:
+        if problem := absent(peer, device):
+            missing.setdefault(peer.provider, problem)
+        else:
             functions[peer.provider] = peer.make()
-        except Exception as error:  # a package can fail to import in any way
-            command = "" if " " in peer.package else f" (pip install {peer.package})"
-            missing.setdefault(peer.provider, f"needs {peer.package}{command}: {error_line(error)}")
     return functions
+
+
+def absent(peer: Peer, device: torch.device) -> str:
+    """Why a peer cannot run here, or ""."""
+    if peer.cuda and device.type != "cuda":
+        return "needs a CUDA device"
+    try:
+        peer.make()
+    except Exception as error:  # a package can fail to import in any way
+        command = "" if " " in peer.package else f" (pip install {peer.package})"
+        return f"needs {peer.package}{command}: {error_line(error)}"
+    return ""
 
 
 def disagreement(

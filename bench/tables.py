@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench.peers import STEP_PEERS
 from bench.record import CONTROL, LADDER, Report, Row, params_text
 from model.report.charts import NONE, num
 from model.report.pages import SYMBOLS, Cell, Table, cell, table
@@ -24,6 +25,7 @@ PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "wo
 BUILDS_ON = {
     "eager": "plain", "compile": "eager", "+attention": "eager", "+layer_norm": "+attention", "+gelu": "+layer_norm",
     "triton": "+gelu", "triton+graph": "triton", "trainer": "triton+graph",
+    **dict.fromkeys(STEP_PEERS, "compile"),
 }  # fmt: skip
 _ORDER = (
     "triton", "untuned", "triton+graph", *LADDER, "sdpa", "sdpa_full", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient",

@@ -5,6 +5,8 @@ All start from the same weights, take the same batch of random tokens, run witho
     plain          PyTorch's operators, attention as a textbook writes it (SDPA's math backend)
     eager          PyTorch's operators, attention by the SDPA backend that it picks; on a CPU the loss in chunks
     compile        torch.compile of eager, forward and backward
+    compile+...    the same with the attention or the loss of a peer, of those in bench/peers.py; auto_chunker: with
+                   Inductor's, over the whole step
     +attention     eager with our attention
     +layer_norm    and our LayerNorms
     +gelu          and our GELU
@@ -21,7 +23,8 @@ Weights are float32 for all, and no loss is scaled. In 16 bits ours keeps all ac
 run under torch.autocast, as their users run them, which keeps residual stream and LayerNorm in float32.
 
 Each provider is proven by three losses before it is timed: the first, and its fall after two updates, must be those of
-the first provider of the group. The third of triton+graph comes from the graph.
+the first provider of the group. The third of triton+graph comes from the graph. For compile+... they are what eager
+makes of its weights: some peers return a loss rounded to 16 bits, and all that training takes from it is the gradient.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import command, peer_models
+from bench import command, peer_models, peers
 from bench.memory import MIB, card_bytes, free_bytes, peak, training_step
 from bench.record import CONTROL, LADDER, Report, Row
 from bench.timing import Call, Maker, Measured, Refused, clocks, measure
@@ -47,14 +50,14 @@ from kernels._launch import capturing, on_stream
 from kernels._registry import dtype_name
 from model.cli import UserError
 from model.config import PRESETS, GPTConfig
-from model.gpt import GPT
+from model.gpt import GPT, CausalSelfAttention
 from model.training import flops
 from model.training.memory import Backend, Memory, MemoryModel
 from model.training.optim import adamw, build
 from model.training.parallel import World
 from model.training.step import Guard, Step
 
-PROVIDERS = (*LADDER, "hf", "hf+patch", "hf+liger", "nanogpt")
+PROVIDERS = (*LADDER, *peers.STEP_PEERS, "hf", "hf+patch", "hf+liger", "nanogpt")
 _NORMS = ("causal_attention", "layer_norm", "add_layer_norm")
 _OURS = {"+attention": _NORMS[:1], "+layer_norm": _NORMS, "+gelu": (*_NORMS, "bias_gelu")}  # which run on Triton
 # Relative, for the first loss and for its fall. Rounding alone differs by 2e-5 and 2e-3 in 16 bits.
@@ -131,6 +134,7 @@ class Train(command.Timed):
 
 
 def _group(task: _Task, names: Sequence[str], params: dict[str, Any], seconds: float) -> list[Row]:
+    torch.compiler.reset()  # frees what other groups compiled
     proof = _Proof()
     makers = {name: functools.partial(_prepare, name, task, proof) for name in names}
     measured, together = _measure(makers, task, seconds)
@@ -187,7 +191,9 @@ def _prepare(provider: str, task: _Task, proof: _Proof) -> Call:
         with _backend(provider, task.device):
             return plain_step()
 
-    three_steps = _three_steps_in_a_graph if provider == "triton+graph" else _three_steps
+    three_steps = {"triton+graph": _three_steps_in_a_graph}.get(provider, _three_steps)
+    if provider in peers.STEP_PEERS:
+        three_steps = functools.partial(_three_steps_by_eager, loss=functools.partial(_eager_loss, module, task))
     losses, call, highest = three_steps(step, task.device)
     if provider == "trainer":  # the fourth step is captured, where there is a graph
         highest = max(highest, peak(step, task.device))
@@ -211,11 +217,16 @@ def _model(provider: str, task: _Task) -> tuple[nn.Module, Callable[[], Tensor]]
     torch.manual_seed(0)
     model = GPT(task.config, dtype=task.dtype).to(task.device)
     idx, targets = task.tokens()
+    if provider.startswith("compile"):
+        if peer := peers.STEP_PEERS.get(provider):
+            _take_from(peer, model)
+        options = peers.AUTO_CHUNKER if provider == "compile+auto_chunker" else None
+        # Isolated: they share GPT's code, and Dynamo falls back to eager after 8 compilations of one function.
+        compile_: Any = torch.compile  # whose overloads do not know the argument
+        compiled = compile_(model, dynamic=False, isolate_recompiles=True, options=options)
+        return model, lambda: compiled(idx, targets)[1]
     if provider in LADDER:
-        if provider == "compile":
-            torch.compiler.reset()  # a step compiles for its own shapes, not for whatever ran before
-        ours = torch.compile(model) if provider == "compile" else model
-        return model, lambda: ours(idx, targets)[1]
+        return model, lambda: model(idx, targets)[1]
     if provider == "nanogpt":
         assert task.nanogpt is not None
         theirs, forward = peer_models.nanogpt(model, task.nanogpt), peer_models.nanogpt_loss
@@ -232,6 +243,32 @@ def _model(provider: str, task: _Task) -> tuple[nn.Module, Callable[[], Tensor]]
             return forward(theirs, idx, targets)
 
     return theirs, loss
+
+
+def _take_from(peer: peers.Peer, model: GPT) -> None:
+    """Make a peer compute the attention or the loss of this model, in training without dropout."""
+    fn = peer.make()
+    wte: Any = model.transformer.wte
+
+    def loss(x: Tensor, targets: Tensor) -> Tensor:
+        return fn(x=x, weight=wte.weight.to(x.dtype), targets=targets)
+
+    def attend(attn: Any, x: Tensor, cache: None, documents: None, seed: Tensor | None, into: Any) -> Any:
+        return attn.c_proj(fn(qkv=attn.c_attn(x), n_head=attn.n_head), into)
+
+    if peer.op == "linear_cross_entropy":
+        wte.loss = loss
+    for attn in model.modules():
+        if peer.op == "causal_attention" and isinstance(attn, CausalSelfAttention):
+            attn.forward = functools.partial(attend, attn)  # type: ignore[method-assign]
+
+
+def _eager_loss(model: nn.Module, task: _Task) -> Tensor:
+    """What PyTorch's operators make of the weights of a GPT."""
+    eager = GPT(task.config, dtype=task.dtype).to(task.device)
+    eager.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        return eager(*task.tokens())[1]
 
 
 def _trainer(model: nn.Module, task: _Task) -> tuple[Callable[[], Tensor], torch.optim.Optimizer]:
@@ -285,6 +322,18 @@ def _three_steps_in_a_graph(step: Callable[[], Tensor], device: torch.device) ->
     highest = peak(capture, device)
     graph.replay()
     return losses, graph.replay, highest
+
+
+def _three_steps_by_eager(
+    step: Callable[[], Tensor], device: torch.device, loss: Callable[[], Tensor]
+) -> tuple[list[Tensor], Call, int]:
+    """The same with the losses before each step that `loss` computes."""
+    losses = []
+    for _ in range(2):
+        losses.append(loss())
+        step()
+    losses.append(loss())
+    return losses, step, peak(step, device)
 
 
 def _check(provider: str, losses: list[float], dtype: torch.dtype, proof: _Proof) -> None:

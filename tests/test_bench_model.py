@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import generate, peer_models, train_step
 from bench.record import CONTROL, Report
 from bench.timing import Measured, Refused, error_line
+from kernels import causal_attention
 from kernels._triton import HAS_TRITON, NAMESPACE
 from model.config import PRESETS, GPTConfig
 from model.kv_cache import KVCache
@@ -107,6 +109,52 @@ def test_each_rung_of_the_ladder_runs_its_kernels(no_profiler):
     assert list(proof.losses) == list(ops) and all(a > b > c for a, b, c in proof.losses.values())
 
 
+def _attention(qkv, n_head):
+    return causal_attention(qkv, n_head)
+
+
+def _loss(x, weight, targets):
+    """Rounded to 16 bits, as PyTorch's own does where its arguments are."""
+    return F.cross_entropy(F.linear(x, weight.to(x.dtype)), targets).bfloat16()
+
+
+@pytest.mark.parametrize("provider", train_step.peers.STEP_PEERS)
+def test_compiled_step_takes_the_operator_of_a_peer(provider, no_profiler, monkeypatch):
+    calls, compiled, factor = [], [], [1.0]
+    peer = train_step.peers.STEP_PEERS[provider]
+    right = {"causal_attention": _attention, "linear_cross_entropy": _loss}[peer.op]
+
+    def fn(**inputs):
+        calls.append({name: x.shape for name, x in inputs.items() if isinstance(x, torch.Tensor)})
+        y = right(**inputs)
+        return factor[0] * y + (1 - factor[0]) * y.detach()  # the value, and a multiple of the gradient
+
+    def compile_(model, **options):
+        compiled.append(options)
+        return model
+
+    monkeypatch.setitem(train_step.peers.STEP_PEERS, provider, replace(peer, cuda=False, make=lambda: fn))
+    monkeypatch.setattr(torch, "compile", compile_)
+    (rows,) = _train(["eager", "compile", provider])
+    assert not any(row.error for row in rows.values()) and rows[provider].seconds
+    assert calls and set(calls[0]) == ({"qkv"} if peer.op == "causal_attention" else {"x", "weight", "targets"})
+    chunked = provider == "compile+auto_chunker"
+    assert [bool(options["options"]) for options in compiled] == [False, chunked]
+    assert all(options["isolate_recompiles"] for options in compiled)
+    factor[0] = -1.0  # a scale would be lost in AdamW
+    (rows,) = _train(["eager", provider])
+    assert "computes another loss" in rows[provider].error and not rows[provider].seconds
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which the chunked loss asks for under torch.compile
+@pytest.mark.parametrize("provider", ["compile+linear_ce", "compile+linear_ce_chunked"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_steps_beside_each_other(provider, dtype, no_profiler):
+    (rows,) = _train(["eager", "compile", provider], dtype=dtype)
+    assert {"eager", "compile", provider} < rows.keys() and not any(row.error for row in rows.values())
+
+
 @pytest.mark.parametrize("wrong", ["value", "gradient"])
 def test_wrong_loss_is_not_timed(wrong, no_profiler, monkeypatch):
     right = peer_models.transformers_loss
@@ -133,7 +181,7 @@ def test_loss_check_accepts_rounding_only():
 
 
 def test_failure_is_a_row(no_profiler, monkeypatch):
-    def no_compiler(model):
+    def no_compiler(model, **options):
         raise RuntimeError("no compiler\nand more")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
