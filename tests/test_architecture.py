@@ -161,6 +161,7 @@ def test_every_kernel_file_registers_exactly_one_kernel():
     assert {spec.name for spec in specs} == set(all_specs())
 
 
+@pytest.mark.slow
 def test_kernels_is_ours_and_transformers_works():
     """A package on the index is called kernels too; transformers looks for it."""
     code = (

@@ -223,15 +223,11 @@ def _fake_packages(monkeypatch):
     def quack_cross_entropy(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean"):
         return F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction)
 
-    def chunked_linear_cross_entropy(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean"):
-        return F.cross_entropy(F.linear(x, weight), target, ignore_index=ignore_index, reduction=reduction)
-
     _package(monkeypatch, "flash_attn_interface", flash_attn_func=flash_attn_3)
     _package(monkeypatch, "flash_attn.cute", flash_attn_func=flash_attn_4)
     _package(monkeypatch, "quack.cross_entropy", cross_entropy=quack_cross_entropy)
-    fused = types.SimpleNamespace(chunked_linear_cross_entropy=chunked_linear_cross_entropy)
-    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", fused)
     liger = (liger_layer_norm, liger_cross_entropy, liger_fused_linear_cross_entropy)
+    _package(monkeypatch, "quack.linear_cross_entropy", chunked_linear_cross_entropy=liger[-1])  # called alike
     _package(monkeypatch, "liger_kernel.transformers.functional", **{fn.__name__: fn for fn in liger})
     _package(monkeypatch, "cut_cross_entropy", linear_cross_entropy=linear_cross_entropy)
     _package(monkeypatch, "fla.ops.attn", parallel_attn=parallel_attn)

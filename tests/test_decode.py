@@ -228,7 +228,7 @@ def cached_logits(model, idx, prompt, S=None):
         ("eager", torch.float32),
         ("eager", torch.bfloat16),
         pytest.param("triton", torch.float32, marks=needs_triton),
-        pytest.param("triton", HALF, marks=needs_triton),
+        pytest.param("triton", HALF, marks=[needs_triton, pytest.mark.slow]),
     ],
 )
 def test_cached_logits_equal_uncached(backend, dtype, prompt, device):

@@ -48,6 +48,7 @@ def trace(library, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_graphs_of_runs_and_texts(trace):
     """Every option, with others that meet it."""
     trace("""
@@ -63,6 +64,7 @@ generate("eager", top_p=0.9, repetition_penalty=1.2)
 """)
 
 
+@pytest.mark.slow
 def test_tuning_captures_every_pass(trace):
     """Of every operator, as kernels/_tune.py times it; Triton's kernels compute nothing here."""
     trace("""
@@ -84,6 +86,7 @@ assert captured > len(all_specs())
 """)
 
 
+@pytest.mark.slow
 def test_set_up_of_a_gpu(trace):
     """Strictly deterministic, for else PyTorch's attention is not; and Inductor has no advice about a chosen dtype."""
     trace("""

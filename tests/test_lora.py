@@ -277,6 +277,7 @@ def test_resumed_run_is_bitwise_the_straight_one(base, here, capsys, options):
     assert val_losses[-1] < val_losses[0]
 
 
+@pytest.mark.slow
 def test_resume_after_kill_9_is_bitwise_equal(base, here):
     def process(*argv):
         command = [sys.executable, "-c", KILLED, *map(str, argv)]

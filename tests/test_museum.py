@@ -34,6 +34,7 @@ def broken(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN and overflow
 @pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda e: e.source)
 def test_exhibit_turns_its_family_red(exhibit, broken, device):

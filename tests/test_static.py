@@ -165,6 +165,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_compiled_source_is_what_a_launch_compiles():
     """The specialisation is Triton's own: a launch on a GPU finds the file that was compiled without one.
 

@@ -273,6 +273,7 @@ LORA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "lora", "dtype", "dropout", "options", "micro_steps"),
     [
