@@ -183,6 +183,7 @@ class Reading {
     this.v = perLayer();
     this.stream = [new Float32Array(N * C), ...perLayer()]; // x after the embedding, and after each layer
     this.written = Array.from({ length: L }, () => new Float32Array(N * 2)); // norms of what attn and mlp add to x
+    this.scores = new Float64Array(N); // of one token, overwritten by the next
   }
 
   /** Read one more token -> the logits of the next, (V). */
@@ -222,13 +223,13 @@ class Reading {
     return block.attn_c_proj.forward(o);
   }
 
-  /** How much token t reads from each of the tokens 0 .. t: softmax(q k / sqrt(D)), (t + 1). */
+  /** How much token t reads from each of the tokens 0 .. t: softmax(q k / sqrt(D)), (t + 1), until the next call. */
   probabilities(layer, head, t) {
     const { n_embd: C, n_head: H } = this.model.config;
     const D = C / H;
     const q = this.q[layer].subarray(t * C + head * D, t * C + (head + 1) * D);
     const k = this.k[layer];
-    const scores = new Float64Array(t + 1);
+    const scores = this.scores.subarray(0, t + 1);
     for (let j = 0; j <= t; j++) {
       const from = j * C + head * D;
       let score = 0;
