@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import HAS_CUDA
 
+from kernels import causal_attention, use_backend
 from kernels._proof import FAR, compare, evaluate, far, incoming_gradients, mapped, prove
 from kernels._registry import all_specs
 from kernels._triton import HAS_TRITON
@@ -93,6 +94,24 @@ def test_last_rows_of_large_outputs(name, device, large_outputs):
     for key in checked:
         row = compare(name, case, key, got[key][-1:], eager[key], truth[key], gradient=key not in spec.outputs)
         assert row.passed, f"{key}: error {row.error:.3e} > allowed {row.allowed:.3e}"
+
+
+def test_last_rows_of_a_long_sequence(device, large_outputs, monkeypatch):
+    """All its rows are one row, in documents of three: a token's y is that row, and its dv a share of each later dy."""
+    T, D = 2**23 + 40, 256
+    qkv = torch.randn(1, 1, 3 * D, device=device).half().expand(1, T, -1).requires_grad_()
+    documents = ((torch.arange(T, device=device) - T) // 3)[None]
+    if not HAS_CUDA:  # queries begin with their last tile
+        monkeypatch.setattr(
+            interpreter, "range", lambda *n: [*range(*n)[:2], *range(*n)[-2:]][-max(n) :], raising=False
+        )
+    with use_backend("triton"):
+        y = causal_attention(qkv, 1, documents=documents)
+        (dqkv,) = torch.autograd.grad(y, qkv, torch.ones(1, 1, D, device=device).half().expand(1, T, -1))
+    assert y.numel() >= FAR and dqkv.numel() >= FAR
+    torch.testing.assert_close(y[0, -3:], qkv[0, -3:, -D:], rtol=1e-3, atol=1e-3)
+    shares = torch.tensor([1 + 1 / 2 + 1 / 3, 1 / 2 + 1 / 3, 1 / 3], device=device).half()
+    torch.testing.assert_close(dqkv[0, -3:, -D:], shares[:, None].expand(3, D), rtol=1e-3, atol=1e-3)
 
 
 def test_large_linear_cross_entropy_gradient_reaches_its_end(device, large_outputs):
