@@ -23,6 +23,7 @@ SUITE = (
     "test_properties.py",
     "test_addresses.py",
     "test_linear.py",
+    "test_embedding.py",
 )
 # The tests that concern a file of kernels/, as pytest's -k takes them.
 CONCERNS = {
