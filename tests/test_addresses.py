@@ -29,7 +29,7 @@ def _mapped(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
         pytest.skip(str(error))
 
 
-def test_tiles_of_a_row_reach_far_addresses(device):
+def test_cross_entropy_reaches_far_tiles_of_a_row(device):
     """Of logits in several tiles, the second of which begins 2^31 elements after the first."""
     case = {"M": 1, "V": 9000}
     for row in prove(SPECS["cross_entropy"], case, torch.float16, device, layout=lambda t: far(t, -1, 2**18)):
@@ -96,7 +96,7 @@ def test_last_rows_of_large_outputs(name, device, large_outputs):
         assert row.passed, f"{key}: error {row.error:.3e} > allowed {row.allowed:.3e}"
 
 
-def test_last_rows_of_a_long_sequence(device, large_outputs, monkeypatch):
+def test_attention_reaches_the_end_of_a_long_sequence(device, large_outputs, monkeypatch):
     """All its rows are one row, in documents of three: a token's y is that row, its dv a share of each later dy, and
     dq and dk are zero, for which delta is taken from the last rows of y."""
     T, D = 2**23 + 40, 256
