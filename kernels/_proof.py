@@ -188,8 +188,8 @@ def _compared(
     """The comparisons of `prove` on inputs and incoming gradients."""
     inputs, dy = _each(_plain, strided), _each(_plain, strided_dy)  # copies: the kernel cannot touch them
     got = evaluate(spec, strided, strided_dy, "triton", fn)
-    truth = evaluate(spec, _each(_in_float64, inputs), _each(_in_float64, dy), "eager")
-    eager = evaluate(spec, inputs, dy, "eager")
+    truth = evaluate(spec, _each(_in_float64, inputs), _each(_in_float64, dy), "eager", spec.reference)
+    eager = evaluate(spec, inputs, dy, "eager", spec.reference)
     for name in truth:
         yield compare(spec.name, case, name, got[name], eager[name], truth[name], gradient=name not in spec.outputs)
 

@@ -53,6 +53,7 @@ class KernelSpec:
     fn: the public function.
     eager: the same operator by PyTorch, the baseline and, in float64, the oracle; fn under ``use_backend("eager")``
         where it is None.
+    reference: takes that place in the proof, for an operator whose eager path shares code with its kernel.
     make_inputs: (case, draw) -> keyword arguments of fn.
     outputs: what fn returns, by name: one tensor, or a tuple of them.
     grads: the arguments whose gradients exist; none for an operator of inference only.
@@ -78,6 +79,7 @@ class KernelSpec:
     space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     large: float = 30.0
     eager: Callable[..., Any] | None = None
+    reference: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         for name, what, fits in (
@@ -85,6 +87,7 @@ class KernelSpec:
             ("fn", "a function", callable(self.fn)),
             ("make_inputs", "a function", callable(self.make_inputs)),
             ("eager", "a function or None", self.eager is None or callable(self.eager)),
+            ("reference", "a function or None", self.reference is None or callable(self.reference)),
             ("grads", "a tuple of names", _all(str, self.grads)),
             ("outputs", "a tuple of names", _all(str, self.outputs) and self.outputs != ()),
             ("cases", "a tuple of dictionaries", _all(Mapping, self.cases)),

@@ -225,6 +225,11 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_inde
     if not eager or (x.device.type == "cpu" and x.dtype in TRITON_DTYPES):  # chunks that stay in a CPU's cache
         need_dx, need_dw = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
         return linear_cross_entropy_fwd(x, weight, targets, ignore_index, need_dx, need_dw, eager)[0]
+    return _whole(x, weight, targets, ignore_index)
+
+
+def _whole(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """The same by PyTorch alone, with all logits in memory."""
     return cross_entropy_eager(lm_logits(x, weight), targets, ignore_index)
 
 
@@ -247,6 +252,7 @@ SPEC = register(
     KernelSpec(
         name="linear_cross_entropy",
         fn=linear_cross_entropy,
+        reference=_whole,
         make_inputs=_make_inputs,
         grads=("x", "weight"),
         outputs=("loss",),
