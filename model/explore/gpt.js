@@ -102,6 +102,17 @@ class Linear {
     return y;
   }
 
+  /** The length of every row of W: (n_out). */
+  lengths() {
+    const { weight, scale, n_in, n_out } = this;
+    const y = new Float64Array(n_out);
+    for (let n = 0; n < n_out; n++) {
+      for (let i = n * n_in; i < (n + 1) * n_in; i++) y[n] += weight[i] * weight[i];
+      y[n] = Math.sqrt(y[n]) * (scale ? scale[n] : 1);
+    }
+    return y;
+  }
+
   /** Row n of W as an embedding: (n_in). */
   row(n) {
     const scale = this.scale ? this.scale[n] : 1;
@@ -302,10 +313,9 @@ function softmax(scores) {
 
 /** The rows of an embedding that point most in the direction of row n: [[row, cosine], ...]. */
 function neighbours(embedding, n, count) {
-  const row = embedding.row(n);
-  const cosines = embedding.forward(row);
-  embedding.lengths ??= Float64Array.from({ length: embedding.n_out }, (_, i) => norm(embedding.row(i)));
-  for (let i = 0; i < embedding.n_out; i++) cosines[i] /= embedding.lengths[i] * embedding.lengths[n] || 1;
+  const cosines = embedding.forward(embedding.row(n));
+  const lengths = embedding.lengths();
+  for (let i = 0; i < embedding.n_out; i++) cosines[i] /= lengths[i] * lengths[n] || 1;
   return topk(cosines, count + 1)
     .filter((i) => i !== n)
     .slice(0, count)
