@@ -171,6 +171,7 @@ def test_a_ready_tokenizer_is_used_as_it_is(tmp_path):
         prepare(write_corpus(tmp_path / "c", a="abcx"), tmp_path / "other", tokenizer)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(books, "_READ_BYTES", 1 << 16)
     monkeypatch.setattr(tk, "PIECE", 1 << 14)

@@ -76,6 +76,7 @@ def assert_equal_models(model, their_model):
 # Export
 
 
+@pytest.mark.slow
 def test_pipeline_runs_the_exported_model(exported, pipe):
     model, tokenizer, _ = exported
     torch.manual_seed(1)

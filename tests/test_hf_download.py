@@ -128,6 +128,7 @@ def error(err: str) -> str:
     return err[err.index("error: ") :]
 
 
+@pytest.mark.slow
 def test_download_through_hf_endpoint(exported, server, tmp_path):
     """The command as a user starts it; a second time nothing is fetched."""
     env = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}

@@ -80,7 +80,7 @@ def test_other_numbers_in_half_precision(name, device):
         _assert_proved(prove_family("values", SPECS[name], case, torch.float16, device))
 
 
-@pytest.mark.parametrize("arch", [80, 86, 100])
+@pytest.mark.parametrize("arch", [80, pytest.param(86, marks=pytest.mark.slow), 100])
 @pytest.mark.parametrize("name", ONE_ATTENTION)
 def test_launch_tables_of_other_architectures(name, arch, device):
     with assume_arch(arch):
@@ -246,7 +246,7 @@ def few_rows(case):
     return {key: min(n, 24) if key in ("M", "T", "S") else n for key, n in case.items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_ATTENTION)
 def test_opcheck(name, device):
     """Schema, fake tensors, autograd registration and dynamic shapes of every operator that the kernel calls."""
     spec, case = SPECS[name], few_rows(SPECS[name].cases[0])
@@ -301,7 +301,7 @@ def test_frozen_parameters_get_no_gradient(name, frozen, device):
         assert n == every["x"].numel()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_ATTENTION)
 def test_compiles_without_a_graph_break(name, device):
     spec = SPECS[name]
     torch.compiler.reset()

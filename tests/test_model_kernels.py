@@ -54,7 +54,7 @@ def _assert_proved(config, dtype, device, B, T, seeds=(3,), **apart):
     assert max(row.error for row in losses) <= max(row.allowed for row in losses), losses
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *(pytest.param(t, marks=pytest.mark.slow) for t in DTYPES[1:])], ids=str)
 def test_logits_loss_and_every_gradient(dtype, device):
     _assert_proved(SMALL, dtype, device, B=2, T=37, seeds=(3, 4, 5))
 

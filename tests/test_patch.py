@@ -146,7 +146,7 @@ def test_loss_and_every_gradient_obey_the_rule(backend, dtype, device, said):
     assert max(row.error for row in losses) <= max(row.allowed for row in losses), losses
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [BACKENDS[0], *(pytest.param(b, marks=pytest.mark.slow) for b in BACKENDS[1:])])
 def test_dropout_and_checkpointing(backend, device):
     """Under one seed: eager drops what transformers drops; recomputation draws the masks anew, bit for bit."""
     theirs, inputs = gpt2(dropout=0.2).to(device), batch("both", device)

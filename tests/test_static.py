@@ -212,6 +212,7 @@ print(json.dumps(good + [
 """
 
 
+@pytest.mark.slow
 def test_preflight_passes_good_kernels_and_names_faults(tmp_path):
     script = tmp_path / "preflight.py"  # a file: Triton reads the source of a kernel
     script.write_text(PREFLIGHT)

@@ -344,7 +344,7 @@ def test_peak_of_a_training_step_with_kernel_dropout(runs):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *MORE_SHAPES])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_graph_adds_the_memory_of_an_evaluation(dtype, shape):
     V, C, layers, batch, context, bias = (SHAPES | MORE_SHAPES)[shape]
     config = _config(V, C, layers, context, bias)
