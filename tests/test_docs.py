@@ -288,7 +288,7 @@ def test_tables_are_those_of_the_reports(readme):
 
 def _comparison():
     """The README's table of comparisons, from the reports: p50 in ms, and a competitor's time over ours."""
-    train, no_bias, generate = (REPORTS[RESULTS / "cpu-2-cores" / f"{name}.json"] for name in COMPARED)
+    train, no_bias, generate = (REPORTS[RESULTS / "xeon-2-cores" / f"{name}.json"] for name in COMPARED)
     lines = ["| what | compared with | theirs, ms | ours, ms | theirs / ours |", "| --- | --- | ---: | ---: | ---: |"]
     rows = [("training step", group, peer) for group in tables.groups(train, "train") for peer in PEERS]
     rows += [("the same, no biases", group, "nanogpt") for group in tables.groups(no_bias, "train")]
