@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers import STEP_PEERS, absent
+from bench.peers import STEP_PEERS, load
 from model.cli import UserError
 from model.config import ACTIVATIONS, GPTConfig
 from model.gpt import GPT
@@ -35,7 +35,7 @@ def _absent(name: str, device: torch.device, config: GPTConfig, nanogpt: Path | 
     if name.startswith(_ON_GPU) and device.type != "cuda":
         return "needs a CUDA device"
     if peer := STEP_PEERS.get(name):
-        return absent(peer, device)
+        return load(peer, device)[1]
     if name == "nanogpt":
         return "" if nanogpt else "no folder of a nanoGPT checkout was given"
     if not name.startswith("hf"):

@@ -270,23 +270,23 @@ def providers(
     for peer in PEERS:
         if peer.op != spec.name or peer.provider not in wanted:
             continue
-        if problem := absent(peer, device):
+        fn, problem = load(peer, device)
+        if fn is None:
             missing.setdefault(peer.provider, problem)
         else:
-            functions[peer.provider] = peer.make()
+            functions[peer.provider] = fn
     return functions
 
 
-def absent(peer: Peer, device: torch.device) -> str:
-    """Why a peer cannot run here, or ""."""
+def load(peer: Peer, device: torch.device) -> tuple[Function | None, str]:
+    """A peer's function, or None and why it cannot run here."""
     if peer.cuda and device.type != "cuda":
-        return "needs a CUDA device"
+        return None, "needs a CUDA device"
     try:
-        peer.make()
+        return peer.make(), ""
     except Exception as error:  # a package can fail to import in any way
         command = "" if " " in peer.package else f" (pip install {peer.package})"
-        return f"needs {peer.package}{command}: {error_line(error)}"
-    return ""
+        return None, f"needs {peer.package}{command}: {error_line(error)}"
 
 
 def disagreement(

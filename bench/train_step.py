@@ -24,7 +24,7 @@ run under torch.autocast, as their users run them, which keeps residual stream a
 
 Each provider is proven by three losses before it is timed: the first, and its fall after two updates, must be those of
 the first provider of the group. The third of triton+graph comes from the graph. For compile+... they are what eager
-makes of its weights: some peers return a loss rounded to 16 bits, and all that training takes from it is the gradient.
+computes from its weights: some peers return a loss rounded to 16 bits, and training takes no more than its gradient.
 """
 
 from __future__ import annotations

@@ -109,10 +109,6 @@ def test_each_rung_of_the_ladder_runs_its_kernels(no_profiler):
     assert list(proof.losses) == list(ops) and all(a > b > c for a, b, c in proof.losses.values())
 
 
-def _attention(qkv, n_head):
-    return causal_attention(qkv, n_head)
-
-
 def _loss(x, weight, targets):
     """Rounded to 16 bits, as PyTorch's own does where its arguments are."""
     return F.cross_entropy(F.linear(x, weight.to(x.dtype)), targets).bfloat16()
@@ -122,7 +118,7 @@ def _loss(x, weight, targets):
 def test_compiled_step_takes_the_operator_of_a_peer(provider, no_profiler, monkeypatch):
     calls, compiled, factor = [], [], [1.0]
     peer = train_step.peers.STEP_PEERS[provider]
-    right = {"causal_attention": _attention, "linear_cross_entropy": _loss}[peer.op]
+    right = {"causal_attention": causal_attention, "linear_cross_entropy": _loss}[peer.op]
 
     def fn(**inputs):
         calls.append({name: x.shape for name, x in inputs.items() if isinstance(x, torch.Tensor)})

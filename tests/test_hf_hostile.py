@@ -360,7 +360,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, where ru_maxrss is in KiB")
 def test_refused_folders_take_no_memory(good, tmp_path):
     names = ["absurd layers", "absurd vocabulary", "header of 2**63 bytes", "pickle expanded", "pickle shared"]
     for name in names:

@@ -26,7 +26,7 @@ from model.gpt import GPT
 from model.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, TrainedTokenizer
 
 LLAMA, RUN = os.environ.get("LLAMA"), os.environ.get("RUN")
-pytestmark = [pytest.mark.long, pytest.mark.skipif(not LLAMA, reason="make llama installs llama.cpp and runs this")]
+pytestmark = [pytest.mark.long, pytest.mark.skipif(not LLAMA, reason="needs llama.cpp: make llama installs it")]
 
 TEXT = "".join(SCRIPTS.values()) * 2
 WHITE = " a  b   c\n\nd\n e\t\tf  \n\n\n    g "
