@@ -48,10 +48,14 @@ def intercepted(seen: Seen) -> Iterator[None]:
 
 
 def judges(*packages: str) -> dict[tuple[Any, str], Any]:
-    """The functions that a measurement relies on, by owner and name: clocks, tensors, and the modules of packages."""
+    """The functions that a measurement relies on, by owner and name: clocks, tensors, and the modules of packages.
+
+    Not a module's names that begin with "__": torch.compile puts its functions there and removes them again.
+    """
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] in packages]
     owners: list[Any] = [time, torch.Tensor, torch.cuda.Event, *modules]
-    return {(owner, name): value for owner in owners for name, value in [*vars(owner).items()] if callable(value)}
+    names = [(o, name) for o in owners for name in vars(o) if o not in modules or not name.startswith("__")]
+    return {(o, name): vars(o)[name] for o, name in names if callable(vars(o)[name])}
 
 
 def replaced(before: dict[tuple[Any, str], Any]) -> str | None:

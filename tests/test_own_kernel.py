@@ -14,9 +14,10 @@ from bench import kernels as bench_kernels
 from bench import roofline, timing, watch
 from bench.__main__ import Command
 from bench.record import Report
-from kernels import KernelSpec, _proof
+from kernels import KernelSpec, _proof, bias_gelu
 from kernels import __main__ as command
 from kernels._compile import launches
+from kernels._foreign import judges, replaced
 from kernels._registry import load_spec
 from kernels._triton import HAS_TRITON, INTERPRET
 from model.cli import UserError
@@ -295,6 +296,14 @@ def test_clock_that_was_replaced_is_named(file, monkeypatch):
     monkeypatch.setattr(bench_kernels.Kernels, "run", run)
     with pytest.raises(UserError, match=r"my_kernel\.py replaces bench\.timing\.control, on which its time relies"):
         list(bench_kernels.Kernels(file=file()).groups(CPU, Report.start(CPU)))
+
+
+def test_what_torch_compile_puts_into_a_module_and_removes_is_no_replacement():
+    torch.compile(bias_gelu, backend="eager")(torch.ones(2, 3))
+    assert any(name.startswith("__compiled_fn") for name in vars(sys.modules["kernels.gelu"]))
+    before = judges("kernels")
+    torch.compiler.reset()
+    assert replaced(before) is None
 
 
 def test_bytes_are_those_of_the_tensors_where_the_spec_is_silent():
