@@ -18,8 +18,9 @@ from model import bpe, checkpoint
 from model.checkpoint import save_model
 from model.config import PRESETS
 from model.explore.__main__ import ExploreConfig, main
-from model.explore.page import Subject, megabytes, pack, policy, write
+from model.explore.page import Subject, least_megabytes, megabytes, pack, policy, write
 from model.quantize import quantize
+from model.report import page as report
 from model.tokenizer import CharTokenizer, GPT2Tokenizer
 
 
@@ -124,11 +125,10 @@ def test_same_page_twice(folder, call):
 
 
 def test_size_is_guarded_before_the_weights_are_read(folder, call, monkeypatch):
-    parameters = sum(p.numel() for p in checkpoint.load_model(Path("mine"))[0].parameters())
-    assert megabytes([checkpoint.load_model(Path("mine"))[0].config], "float16") == pytest.approx(
-        parameters * 8 / 3 / 1e6
-    )
-    between = str(parameters * 2 / 1e6)  # too little for float16, enough for int8
+    model, _ = checkpoint.load_model(Path("mine"))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert least_megabytes(model.config, "float16") == pytest.approx(parameters * 8 / 3 / 1e6)
+    between = str(parameters * 2.2 / 1e6)  # too little for float16, enough for int8
     assert "int8" in call("mine", "page.html", "--max-mb", between)[1]
     monkeypatch.setattr("model.explore.__main__.load_model", None)
     code, _, err = call("mine", "page.html", "--max-mb", between, "--weights", "float16")
@@ -138,7 +138,28 @@ def test_size_is_guarded_before_the_weights_are_read(folder, call, monkeypatch):
 
 
 def test_gpt2_124m_fits_in_int8_alone():
-    assert megabytes([PRESETS["gpt2"]], "int8") < ExploreConfig(()).max_mb < megabytes([PRESETS["gpt2"]], "float16")
+    size = {form: least_megabytes(PRESETS["gpt2"], form) for form in ("int8", "float16")}
+    assert size["int8"] < ExploreConfig(()).max_mb < size["float16"]
+
+
+def test_what_two_models_share_counts_once(folder, call):
+    model, _ = checkpoint.load_model(Path("mine"))
+    twice = [Subject("one", model), Subject("two", model)]
+    for form in ("float16", "int8"):
+        assert megabytes(twice, form) == megabytes(twice[:1], form) > least_megabytes(model.config, form) * 0.99
+    assert call("mine", "other", "page.html")[0] == 0
+    size = megabytes([Subject("one", model), Subject("two", checkpoint.load_model(Path("other"))[0])], "float16")
+    assert size - megabytes(twice, "float16") == pytest.approx(model.transformer.wte.weight.numel() * 8 / 3 / 1e6)
+
+
+def test_report_of_the_run_links_to_the_page(folder, call):
+    config = {"train": {"steps": 3}, "model": checkpoint.load_model(Path("mine"))[0].config.to_dict()}
+    Path("mine/config.json").write_text(json.dumps(config))
+    Path("mine/metrics.jsonl").write_text('{"step": 3, "loss": 2.5, "elapsed_s": 1.0}\n')
+    report.write(Path("mine"))
+    assert 'explore.html"' not in Path("mine/report.html").read_text()
+    call("mine", "mine/explore.html")
+    assert '<a href="explore.html">' in Path("mine/report.html").read_text()
 
 
 @pytest.mark.parametrize(

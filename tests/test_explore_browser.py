@@ -69,7 +69,7 @@ def as_stored(model: GPT, weights: str) -> GPT:
 
 
 ALL = "".join(SCRIPTS.values())
-SMALL = CharTokenizer(TEXT + "&#\n")
+SMALL = CharTokenizer(TEXT + "&#\n\f")
 MODELS = {
     "char, float16, no biases": (lambda: CharTokenizer(ALL), "float16", {"bias": False}),
     "bpe, float16, erf": (lambda: TrainedTokenizer.train([ALL], 400), "float16", {"activation_function": "gelu"}),
@@ -317,6 +317,23 @@ def test_same_seed_same_text_and_write_on(opened):
     assert opened.ids == first
 
 
+def test_same_seed_same_text_from_any_token_beyond_the_context(opened):
+    """The context starts where the length of the text says, not where reading began: the model reads 12 tokens."""
+    opened.write(prompt="out", tokens=40, seed=5, topK=0)
+    first = opened.ids
+    for keep in (3, 8, 12, 13, 14, 19, 20, 30, 42):
+        opened.page.evaluate("(n) => write({ keep: n, next: [] }, 43 - n)", keep)
+        opened.ready()
+        assert opened.ids == first, keep
+
+
+def test_text_that_has_changed_takes_no_other_path(opened):
+    opened.write(prompt="out", tokens=30)
+    opened.page.evaluate("write({ keep: 10, next: [0] }, 0); write({ keep: 20, next: [0] }, 0)")
+    opened.ready()
+    assert opened.status == "The text has changed meanwhile: choose again." and len(opened.ids) == 11
+
+
 def test_link_restores_prompt_and_settings(browser, small, opened):
     opened.write(prompt="out & a\n#", tokens=7, seed=9, temperature=1.5, topK=3, topP=0.9)
     again = Opened(browser, small, fragment=opened.page.evaluate("location.hash")).ready()
@@ -327,6 +344,10 @@ def test_link_restores_prompt_and_settings(browser, small, opened):
     odd = Opened(browser, small, fragment="#prompt=a&topK=x&seed=-1&tokens=1e99&constructor=1").ready()
     values = [odd.page.input_value(f"#{name}") for name in ("prompt", "topK", "seed", "tokens")]
     assert values == ["a", "40", "1", "200"]
+    odd.fill(prompt="out " * 2500)
+    odd.page.click("#link")
+    odd.page.wait_for_selector("#status:has-text('the prompt is too long for a link')")
+    assert odd.page.evaluate("location.hash.startsWith('#temperature=')")
     odd.close()
 
 
@@ -352,11 +373,23 @@ def test_two_models_read_the_same_text(browser, tmp_path):
     assert opened.page.evaluate("document.querySelectorAll('.text .token[style*=hue]').length") > 0
     opened.page.select_option("#model", "1")
     assert opened.ask(kind="map", model=1, layer=0, head=0)["model"] == 1
+    link = opened.page.evaluate("location.hash")
     opened.close()
+    again = Opened(browser, tmp_path / "page.html", fragment=link).ready()
+    assert again.page.input_value("#writer") == "1"
+    again.fill(tokens=1_000_000)
+    again.page.click("#write")  # the other model's maps are asked for while this one writes
+    for model in "1010":
+        again.page.wait_for_timeout(30)
+        again.page.select_option("#model", model)
+    again.press("stop")
+    again.press("more") if len(again.ids) < 8 else again.press("read")
+    again.page.wait_for_selector("#strip .token.selected")
+    again.close()
 
 
 def test_maps_are_saved(opened):
-    opened.write(prompt="out again", tokens=2)
+    opened.write(prompt="out\fagain", tokens=2)
     opened.page.click(".tile >> nth=3")
     opened.page.wait_for_selector("#png:enabled")
     for kind in ("png", "svg"):
@@ -369,7 +402,7 @@ def test_maps_are_saved(opened):
         else:
             svg = ElementTree.fromstring(data)
             titles = [title.text for title in svg.iter("{http://www.w3.org/2000/svg}title")]
-            assert any("reads" in title for title in titles)
+            assert any("reads" in title for title in titles) and any(r"\u{c} reads" in title for title in titles)
 
 
 def test_map_says_what_a_token_reads(opened):
@@ -378,6 +411,11 @@ def test_map_says_what_a_token_reads(opened):
     opened.page.focus("#map")
     opened.page.keyboard.press("ArrowUp")
     assert re.match(r"Token \S+ \(9\) reads ", opened.page.inner_text("#map-about"))
+    opened.page.keyboard.press("ArrowLeft")
+    opened.page.keyboard.press("ArrowLeft")
+    assert re.search(r"; here \S+ \(8\) ", opened.page.inner_text("#map-about"))
+    opened.page.keyboard.press("Enter")
+    assert "Token 9, " in opened.page.inner_text("#choices-about")
     opened.page.hover("#strip .token >> nth=4")
     assert opened.page.inner_text("#map-about").startswith("Token a (4) reads ")
 
@@ -389,9 +427,20 @@ def test_keyboard_moves_in_the_text(opened):
         opened.page.keyboard.press(key)
     assert "Token 1, u" in opened.page.inner_text("#choices-about")
     opened.page.focus(".tile[tabindex='0']")
-    opened.page.keyboard.press("End")
+    for keys, where in ((("End",), "layer 1, head 1"), (("Home", "ArrowDown"), "layer 1, head 0")):
+        for key in (*keys, "Enter"):
+            opened.page.keyboard.press(key)
+        assert opened.page.inner_text("#map-title") == f"Attention, {where}"
+    opened.page.focus("#choices .choice >> nth=2")
     opened.page.keyboard.press("Enter")
-    assert opened.page.inner_text("#map-title") == "Attention, layer 1, head 1"
+    opened.page.wait_for_selector(".text .token.selected:focus")
+
+
+def test_short_text_has_no_averages(opened):
+    opened.fill(prompt="ou")
+    opened.press("read")
+    opened.page.wait_for_selector("#tiles-about:has-text('from the third token on')")
+    assert opened.page.inner_text(".tile >> nth=0") == "0.0"
 
 
 def test_everything_has_a_name(opened):

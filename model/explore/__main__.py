@@ -7,7 +7,9 @@ python -m model.explore runs/first-run page.html --checkpoint step-00000100 best
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,8 +19,9 @@ import tyro
 from model.checkpoint import read_state
 from model.cli import UserError, run
 from model.config import GPTConfig
-from model.explore.page import BYTES, Subject, Weights, megabytes, write
+from model.explore.page import BYTES, Subject, Weights, least_megabytes, megabytes, write
 from model.lora import load_model
+from model.report import page as report
 from model.report.compare import names
 
 MOST = 2  # models on a page
@@ -61,7 +64,8 @@ def main(cfg: ExploreConfig) -> None:
             f"a page holds {MOST} models at most, and these are {len(sources)}: name fewer runs or checkpoints"
         )
     states = [read_state(source.run, source.checkpoint) for source in sources]
-    weights = _choose(cfg, [GPTConfig.from_dict(state["model"]) for state in states])
+    configs = [GPTConfig.from_dict(state["model"]) for state in states]
+    _choose(cfg, lambda form: max(least_megabytes(config, form) for config in configs))  # before the weights are read
     loaded = [load_model(source.run, name=source.checkpoint, adapter=source.adapter) for source in sources]
     tokenizer = loaded[0][1]
     if not all(tokenizer.equals(other) for _, other in loaded):
@@ -73,17 +77,22 @@ def main(cfg: ExploreConfig) -> None:
     for source, state, (model, _) in zip(sources, states, loaded, strict=True):
         step = f", step {state['step']:,}" if state["step"] else ""  # 0: of a model that was imported
         subjects.append(Subject(f"{titles[source.run]}{step}{', adapted' if source.adapter else ''}", model))
+    weights = _choose(cfg, functools.partial(megabytes, subjects))
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, " and ".join(dict.fromkeys(titles.values())), subjects, tokenizer, weights)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {weights}; open it in a browser")
+    for folder in runs:  # whose report links to it
+        if path.resolve() == (folder / report.EXPLORE).resolve() and (folder / report.PAGE).exists():
+            report.write(folder)
 
 
-def _choose(cfg: ExploreConfig, configs: list[GPTConfig]) -> Weights:
-    """The form of the weights. UserError where the page would be too large."""
+def _choose(cfg: ExploreConfig, size_in: Callable[[Weights], float]) -> Weights:
+    """The first form of the weights in which the page is small enough. UserError where it is in none."""
     forms: list[Weights] = [*BYTES] if cfg.weights == "auto" else [cfg.weights]
-    sizes = {form: megabytes(configs, form) for form in forms}
-    for form, size in sizes.items():
-        if size <= cfg.max_mb:
+    sizes: dict[Weights, float] = {}
+    for form in forms:
+        sizes[form] = size_in(form)
+        if sizes[form] <= cfg.max_mb:
             return form
     form, size = min(sizes.items(), key=lambda item: item[1])
     smaller = "" if "int8" in sizes else " or --weights int8"

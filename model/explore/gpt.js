@@ -37,7 +37,9 @@ function widen(bits) {
     const magnitude = exponent === 0 ? mantissa * 2 ** -24 : (1 + mantissa / 1024) * 2 ** (exponent - 15);
     values[b] = b & 0x8000 ? -magnitude : magnitude;
   }
-  return Float32Array.from(bits, (b) => values[b]);
+  const widened = new Float32Array(bits.length);
+  for (let i = 0; i < bits.length; i++) widened[i] = values[bits[i]];
+  return widened;
 }
 
 /** y = W x + b.  W: (n_out, n_in) by rows, scale: (n_out) of int8 or null, b: (n_out) or null. */
@@ -48,6 +50,7 @@ class Linear {
     this.bias = bias;
     this.n_in = n_in;
     this.n_out = weight.length / n_in;
+    this.measured = null; // `lengths`, once they were asked for
   }
 
   /** x: (n_in) -> y: (n_out), Float64Array both. */
@@ -104,12 +107,14 @@ class Linear {
 
   /** The length of every row of W: (n_out). */
   lengths() {
+    if (this.measured) return this.measured;
     const { weight, scale, n_in, n_out } = this;
     const y = new Float64Array(n_out);
     for (let n = 0; n < n_out; n++) {
       for (let i = n * n_in; i < (n + 1) * n_in; i++) y[n] += weight[i] * weight[i];
       y[n] = Math.sqrt(y[n]) * (scale ? scale[n] : 1);
     }
+    this.measured = y;
     return y;
   }
 
@@ -197,8 +202,8 @@ class Reading {
     this.scores = new Float64Array(N); // of one token, overwritten by the next
   }
 
-  /** Read one more token -> the logits of the next, (V). */
-  forward(id) {
+  /** Read one more token -> its state after the last layer, (C). */
+  read(id) {
     const { model } = this;
     const C = model.config.n_embd;
     const t = this.T++;
@@ -210,7 +215,12 @@ class Reading {
       this.written[layer][2 * t + 1] = add(x, mlp(block, block.ln_2.forward(x), model.gelu));
       this.stream[layer + 1].set(x, t * C);
     });
-    return model.logits(x);
+    return x;
+  }
+
+  /** Read one more token -> the logits of the next, (V). */
+  forward(id) {
+    return this.model.logits(this.read(id));
   }
 
   /** Attention of token t, whose normalised residual stream is x, to itself and the tokens before: (C) -> (C). */
@@ -259,7 +269,8 @@ class Reading {
 
   /**
    * A map in at most `size` by `size` cells: every few tokens what one reads, summed over the tokens of a cell.
-   * reads: how much goes to the token before, to itself and to the first, on average, from the third token on.
+   * reads: how much these tokens read of the one before, themselves and the first, on average, from the third token on;
+   * null for a shorter text.
    */
   tile(layer, head, size) {
     const n = Math.min(this.T, size);
@@ -276,8 +287,8 @@ class Reading {
       reads.same += p[t];
       reads.first += p[0];
     }
-    for (const what of Object.keys(reads)) reads[what] /= counted || 1;
-    return { cells, reads };
+    for (const what of Object.keys(reads)) reads[what] /= counted;
+    return { cells, reads: counted ? reads : null };
   }
 
   /** The residual stream of token t after the embedding (layer 0) or after a layer, (C). */

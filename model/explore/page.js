@@ -20,6 +20,7 @@ const state = {
   ahead: null, // for each model what may come next
   selected: null, // the number of a token, or of the place after the last
   isBusy: true,
+  isChosenByKey: false, // the alternative that is being written from: the focus was on it
   number: 0, // of the reading or writing that was asked for last
 };
 
@@ -52,7 +53,9 @@ function open() {
 /** The weights in the page, an element at a time, which is then removed: base64, gzip, safetensors. */
 async function readWeights() {
   const parts = [];
-  for (const element of document.querySelectorAll("script.weights")) {
+  const elements = document.querySelectorAll("script.weights");
+  for (const element of elements) {
+    if (elements.length > 1) byId("state").textContent = `Opening: part ${parts.length + 1} of ${elements.length}`;
     const text = atob(element.textContent);
     const bytes = new Uint8Array(text.length);
     for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
@@ -75,9 +78,14 @@ const receivers = {
     for (const id of ["writer", "model"]) {
       byId(id).replaceChildren(...models.map(({ name }, m) => element("option", { value: m }, name)));
     }
+    restoreWriter();
     makeTiles();
     setBusy(false);
     showChoices();
+  },
+
+  reading({ done, of }) {
+    say(`Reading again: ${done.toLocaleString("en")} of ${of.toLocaleString("en")} tokens`);
   },
 
   /** The text now has its first n tokens only. */
@@ -99,7 +107,7 @@ const receivers = {
     drawing ??= setTimeout(drawTokens, DRAW_MS);
   },
 
-  done({ ending, written, seconds, start, T, ahead, number }) {
+  done({ ending, isError, written, seconds, start, T, ahead, number }) {
     drawTokens();
     if (number !== state.number) return; // another has been asked for meanwhile
     Object.assign(state, { start, T, ahead });
@@ -107,12 +115,15 @@ const receivers = {
       text.append(makeToken({ i: end(), piece: "", rows: null, isEnd: true }, m));
     });
     const speed = written > 1 ? `${written} written, ${Math.round(written / seconds)} a second.` : "";
-    const isError = ending && !/^(Stopped|The model ended)/.test(ending);
     const unseen =
-      start > 0 ? ` The models see the last ${T}.`.replace("models see", plural("model sees", "models see")) : "";
+      start > 0 && ahead.length
+        ? ` ${plural("The model sees", "The models see")} the last ${T.toLocaleString("en")}.`
+        : "";
     say(isError ? ending : `${end().toLocaleString("en")} tokens. ${speed}${unseen} ${ending}`, isError);
     setBusy(false);
     if (!isError || end()) select(Math.min(state.selected ?? end(), end()));
+    if (state.isChosenByKey) document.querySelector(".text .token.selected")?.focus();
+    state.isChosenByKey = false;
     showInside();
   },
 
@@ -158,6 +169,7 @@ function tokenAt(i) {
 /** message: prompt, or keep and next; see the worker's `write`. tokens: how many to write, none only to read. */
 function write(message, tokens = settings().tokens) {
   if (!byId("form").reportValidity()) return;
+  if (tokens) select(null);
   setBusy(true);
   say("Reading …");
   const writer = Number(byId("writer").value || 0);
@@ -206,6 +218,7 @@ function makePane({ name }, m) {
   });
   rove(text, ".token");
   text.addEventListener("scroll", () => {
+    if (!text.matches(":hover, :focus-within")) return; // it follows the other, or the text that grows
     for (const other of document.querySelectorAll(".text")) other.scrollTop = text.scrollTop;
   });
   text.addEventListener("click", ({ target }) => {
@@ -268,11 +281,15 @@ function showTotals() {
 /** Make the token numbered i the one that everything on the page is about; null for none. */
 function select(i) {
   state.selected = i;
-  for (const old of document.querySelectorAll(".token.selected")) old.classList.remove("selected");
+  for (const old of document.querySelectorAll(".text .token.selected")) {
+    old.classList.remove("selected");
+    old.removeAttribute("aria-current");
+  }
   for (const text of document.querySelectorAll(".text")) {
     const span = text.children[i - state.dropped];
     if (i !== null && span) {
       span.classList.add("selected");
+      span.setAttribute("aria-current", "true");
       moveStop(text, span);
     }
   }
@@ -282,9 +299,13 @@ function select(i) {
 
 // Keyboard: one stop in a group, the arrows move in it --------------------------------------------------------------------
 
-function rove(group, selector) {
+/** columns: of the items, where they are a table. */
+function rove(group, selector, columns = () => 1) {
   group.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 1, ArrowUp: -1, Home: -Infinity, End: Infinity }[event.key];
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    const row = columns();
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: row, ArrowUp: -row, Home: -Infinity, End: Infinity };
+    const step = steps[event.key];
     const items = [...group.querySelectorAll(selector)];
     const at = items.indexOf(document.activeElement);
     if (at < 0) return;
@@ -307,13 +328,15 @@ function focusOn(group, item) {
 
 // The link --------------------------------------------------------------------------------------------------------------
 
+/** -> whether the prompt is short enough for a link. */
 function rememberLink() {
   const prompt = byId("prompt").value;
-  const values = [
-    ["prompt", prompt.length > LINK_LENGTH ? "" : prompt],
-    ...SETTINGS.map((name) => [name, byId(name).value]),
-  ];
+  const holdsPrompt = prompt.length <= LINK_LENGTH;
+  const names = state.models.length > 1 ? [...SETTINGS, "writer"] : SETTINGS;
+  const values = names.map((name) => [name, byId(name).value]);
+  if (holdsPrompt) values.unshift(["prompt", prompt]);
   history.replaceState(null, "", `#${new URLSearchParams(values)}`);
+  return holdsPrompt;
 }
 
 /** Restore what a link holds; what it cannot hold is left as it is. */
@@ -326,15 +349,22 @@ function restoreLink() {
     if (values.has(name)) input.value = values.get(name);
     if (!input.checkValidity()) input.value = before;
   }
+  restoreWriter();
+}
+
+/** The same for the model that writes: there is none to choose before the page is open. */
+function restoreWriter() {
+  const writer = new URLSearchParams(location.hash.slice(1)).get("writer");
+  if ([...byId("writer").options].some(({ value }) => value === writer)) byId("writer").value = writer;
 }
 
 async function copyLink() {
-  rememberLink();
+  const without = rememberLink() ? "" : " It holds the settings only: the prompt is too long for a link.";
   try {
     await navigator.clipboard.writeText(location.href);
-    say("The link is in the clipboard.");
+    say(`The link is in the clipboard.${without}`);
   } catch {
-    say("The link is in the address bar: copy it from there.");
+    say(`The link is in the address bar: copy it from there.${without}`);
   }
 }
 
@@ -354,9 +384,12 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/** A token in a list: its spaces and line breaks can be seen. */
+const SEEN_AS = { " ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍" };
+const UNSEEN = /[ \p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}\uFFFE\uFFFF]/gu; // not all of them are allowed in an SVG file
+
+/** A token in a list: its spaces, line breaks and control characters can be seen. */
 function visible(token) {
-  return token.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍") || "(nothing)";
+  return token.replace(UNSEEN, (char) => SEEN_AS[char] ?? `\\u{${char.codePointAt(0).toString(16)}}`) || "(nothing)";
 }
 
 function percent(p) {
@@ -367,17 +400,13 @@ function percent(p) {
 function start() {
   byId("form").addEventListener("submit", (event) => {
     event.preventDefault();
-    select(null);
     write({ prompt: byId("prompt").value });
   });
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !state.isBusy) byId("form").requestSubmit();
   });
   byId("read").addEventListener("click", () => write({ prompt: byId("prompt").value }, 0));
-  byId("more").addEventListener("click", () => {
-    select(null);
-    write({ keep: end(), next: [] });
-  });
+  byId("more").addEventListener("click", () => write({ keep: end(), next: [] }));
   byId("stop").addEventListener("click", () => worker.postMessage({ kind: "stop" }));
   byId("link").addEventListener("click", copyLink);
   byId("colour").addEventListener("change", () => {

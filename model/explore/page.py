@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -60,7 +60,8 @@ def write(path: Path, title: str, subjects: Sequence[Subject], tokenizer: Tokeni
         FOLDER / "page.html.jinja", title=title, sentence=_sentence(subjects, weights), prompt=_prompt(tokenizer),
         temperature=TEMPERATURE, top_k=TOP_K, css=_source("page.css"), worker=_source(*WORKER), script=_source(*SCRIPT),
     )  # fmt: skip
-    write_atomic(path, shell.replace("@policy@", policy(shell)).replace("@weights@", "\n".join(parts)))
+    head, body = shell.replace('content="@policy@"', f'content="{policy(shell)}"', 1).split("<!-- weights -->")
+    write_atomic(path, "\n".join([head, *parts, body]))
 
 
 def pack(subjects: Sequence[Subject], tokenizer: Tokenizer, weights: Weights) -> bytes:
@@ -69,6 +70,15 @@ def pack(subjects: Sequence[Subject], tokenizer: Tokenizer, weights: Weights) ->
     A tensor is called 0.transformer.wte.weight, of the first model; the second has only those that differ. int8: the
     matrices, each with a scale for a row, except for the positions, which are only added; the rest is float16.
     """
+    tensors, about = _distinct(subjects, weights)
+    fields = {"name": tokenizer.name, **tokenizer.fields()}
+    if isinstance(tokenizer, BytePairTokenizer):  # GPT-2's own are not in its fields
+        fields["tokens"] = [bpe.to_printable(token) for token in tokenizer.tokens]
+    return safetensors.torch.save(tensors, {"page": json.dumps({"models": about, "tokenizer": fields})})
+
+
+def _distinct(subjects: Sequence[Subject], weights: Weights) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The tensors of `pack`, and what it says of each model."""
     tensors: dict[str, Tensor] = {}
     about = []
     for m, subject in enumerate(subjects):
@@ -80,10 +90,7 @@ def pack(subjects: Sequence[Subject], tokenizer: Tokenizer, weights: Weights) ->
             else:
                 tensors[f"{m}.{name}"] = tensor
         about.append({"name": subject.name, "config": subject.model.config.to_dict(), "shared": shared})
-    fields = {"name": tokenizer.name, **tokenizer.fields()}
-    if isinstance(tokenizer, BytePairTokenizer):  # GPT-2's own are not in its fields
-        fields["tokens"] = [bpe.to_printable(token) for token in tokenizer.tokens]
-    return safetensors.torch.save(tensors, {"page": json.dumps({"models": about, "tokenizer": fields})})
+    return tensors, about
 
 
 def _stored(model: GPT, weights: Weights) -> dict[str, Tensor]:
@@ -100,10 +107,18 @@ def _stored(model: GPT, weights: Weights) -> dict[str, Tensor]:
     return stored
 
 
-def megabytes(configs: Sequence[GPTConfig], weights: Weights) -> float:
-    """The size of a page in MB, 10**6 bytes, before compression: base64 takes 4 characters for 3 bytes."""
+_MB = 4 / 3 / 1e6  # of 10**6 bytes, for a byte before compression: base64 takes 4 characters for 3 bytes
+
+
+def least_megabytes(config: GPTConfig, weights: Weights) -> float:
+    """The size of a page of one model, without scales and tokenizer: known before its weights are read."""
     with torch.device("meta"):
-        return sum(num_parameters(GPT(config)) for config in configs) * BYTES[weights] * 4 / 3 / 1e6
+        return num_parameters(GPT(config)) * BYTES[weights] * _MB
+
+
+def megabytes(subjects: Sequence[Subject], weights: Weights) -> float:
+    """The size of a page; tensors that two models share count once."""
+    return sum(tensor.nbytes for tensor in _distinct(subjects, weights)[0].values()) * _MB
 
 
 def policy(shell: str) -> str:

@@ -7,7 +7,8 @@ const WORDS = new RegExp(
     "|\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+",
   "gu",
 );
-const REMEMBERED = 20_000; // words whose ids are kept
+const REMEMBERED = 20_000; // words whose ids are kept,
+const REMEMBERED_LENGTH = 64; // of at most so many characters
 
 /** fields: the content of tokenizer.json. */
 function makeTokenizer(fields) {
@@ -59,29 +60,78 @@ class BytePairTokenizer {
       let found = this.known.get(word);
       if (!found) {
         found = this.merge(Array.from(new TextEncoder().encode(word), (byte) => String.fromCharCode(byte)));
-        if (this.known.size < REMEMBERED) this.known.set(word, found);
+        if (this.known.size < REMEMBERED && word.length <= REMEMBERED_LENGTH) this.known.set(word, found);
       }
       for (const id of found) ids.push(id);
     }
     return ids;
   }
 
-  /** Merge the neighbours that make the token of lowest rank, from left to right, until none make a token -> ids. */
+  /**
+   * Merge the neighbours that make the token of lowest rank, the first of equal ones, until none make a token -> ids.
+   * In B log B steps for a word of B bytes: a text without spaces is one word.
+   */
   merge(parts) {
-    for (;;) {
-      let best = Infinity;
-      for (let i = 0; i + 1 < parts.length; i++) {
-        const rank = this.ranks.get(parts[i] + parts[i + 1]);
-        if (rank < best) best = rank;
-      }
-      if (best === Infinity) return parts.map((part) => this.ranks.get(part));
-      const merged = [];
-      for (let i = 0; i < parts.length; i++) {
-        const isPair = i + 1 < parts.length && this.ranks.get(parts[i] + parts[i + 1]) === best;
-        merged.push(isPair ? parts[i] + parts[++i] : parts[i]);
-      }
-      parts = merged;
+    const B = parts.length;
+    const next = parts.map((_, i) => i + 1); // where the part after a part is
+    const previous = parts.map((_, i) => i - 1);
+    const rankAt = (i) => (next[i] < B ? this.ranks.get(parts[i] + parts[next[i]]) : undefined);
+    const heap = new Heap(); // of rank * B + place
+    const offer = (i) => {
+      const rank = i < 0 ? undefined : rankAt(i);
+      if (rank !== undefined) heap.push(rank * B + i);
+    };
+    for (let i = 0; i < B; i++) offer(i);
+    while (heap.size) {
+      const least = heap.pop();
+      const i = least % B;
+      if (parts[i] === null || rankAt(i) !== (least - i) / B) continue; // merged meanwhile
+      const j = next[i];
+      parts[i] += parts[j];
+      parts[j] = null;
+      next[i] = next[j];
+      if (next[i] < B) previous[next[i]] = i;
+      offer(previous[i]);
+      offer(i);
     }
+    return parts.filter((part) => part !== null).map((part) => this.ranks.get(part));
+  }
+}
+
+/** Numbers, of which the least comes out first: a binary heap. */
+class Heap {
+  constructor() {
+    this.values = [];
+  }
+
+  get size() {
+    return this.values.length;
+  }
+
+  push(value) {
+    const { values } = this;
+    let i = values.length;
+    for (let up = (i - 1) >> 1; i > 0 && values[up] > value; up = (i - 1) >> 1) {
+      values[i] = values[up];
+      i = up;
+    }
+    values[i] = value;
+  }
+
+  pop() {
+    const { values } = this;
+    const least = values[0];
+    const last = values.pop();
+    const n = values.length;
+    let i = 0;
+    for (let down = 1; down < n; down = 2 * i + 1) {
+      if (down + 1 < n && values[down + 1] < values[down]) down++;
+      if (values[down] >= last) break;
+      values[i] = values[down];
+      i = down;
+    }
+    if (n) values[i] = last;
+    return least;
   }
 }
 

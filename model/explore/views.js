@@ -4,33 +4,30 @@
 const MAP_PIXELS = 1040; // of a saved map, at least
 const SVG_LEAST = 0.004; // of attention that is drawn in an SVG file
 
-const view = { layer: 0, head: 0, model: 0, map: null, row: null, shown: null, reads: [] };
+const view = { layer: 0, head: 0, model: 0, map: null, row: 0, column: null, shown: null, reads: [] };
 
 function startViews() {
   byId("model").addEventListener("change", () => {
     view.model = Number(byId("model").value);
     makeTiles();
     showInside();
+    showToken();
   });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showInside);
   const canvas = byId("map");
   canvas.addEventListener("pointermove", (event) => showRow(rowAt(event), columnAt(event)));
-  canvas.addEventListener("click", (event) => view.map && select(view.map.start + rowAt(event)));
-  canvas.addEventListener("keydown", (event) => {
-    const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10 }[event.key];
-    if (!step || !view.map) return;
-    event.preventDefault();
-    showRow(Math.max(0, Math.min(view.map.T - 1, view.row + step)));
+  canvas.addEventListener("click", (event) => selectRow(rowAt(event)));
+  canvas.addEventListener("keydown", moveInMap);
+  const strip = byId("strip");
+  for (const kind of ["pointerover", "focusin"]) {
+    strip.addEventListener(kind, ({ target }) => {
+      if (target.dataset.t !== undefined) showRow(Number(target.dataset.t));
+    });
+  }
+  strip.addEventListener("click", ({ target }) => {
+    if (target.dataset.t !== undefined) selectRow(Number(target.dataset.t));
   });
-  byId("strip").addEventListener("pointerover", ({ target }) => {
-    if (view.map && target.dataset.i !== undefined) showRow(Number(target.dataset.i) - view.map.start);
-  });
-  byId("strip").addEventListener("click", ({ target }) => {
-    if (target.dataset.i !== undefined) select(Number(target.dataset.i));
-  });
-  rove(byId("strip"), ".token");
-  byId("strip").addEventListener("focusin", ({ target }) => {
-    if (view.map && target.dataset.i !== undefined) showRow(Number(target.dataset.i) - view.map.start);
-  });
+  rove(strip, ".token");
   byId("png").addEventListener("click", savePng);
   byId("svg").addEventListener("click", saveSvg);
 }
@@ -44,14 +41,12 @@ function showChoices() {
   const token = i === null ? null : tokenAt(i);
   const rows = isEnd ? state.ahead : token?.rows;
   const about = byId("choices-about");
+  const predicts = plural("the model predicts", "the models predict");
   if (i === null) about.textContent = state.isBusy ? "" : "Write or read a text first, then click a token in it.";
-  else if (isEnd && !rows?.length) about.textContent = "The model has not read the text to its end: press Write on.";
-  else if (isEnd) about.textContent = "What may come next. Choose a token to go on from it.";
-  else if (!rows)
-    about.textContent = "The first token: the models predict what follows it.".replace(
-      "models predict",
-      plural("model predicts", "models predict"),
-    );
+  else if (isEnd && !rows?.length) about.textContent = "The model has not read the text to its end: press Continue.";
+  else if (isEnd) about.textContent = "What may come next. Choose a token to continue from it.";
+  else if (!token) about.textContent = `Token ${i} is not kept any more: the text has grown too long.`;
+  else if (!rows) about.textContent = `The first token: ${predicts} what follows it.`;
   else {
     const bits = rows.map(
       ({ logprob }) => `${percent(Math.exp(logprob))}, ${(-logprob / Math.LN2).toFixed(1)} bits of surprise`,
@@ -82,9 +77,9 @@ function makeChoice(i, id, p, isTaken) {
     bar,
     element("span", { className: "p" }, percent(p)),
   );
-  button.addEventListener("click", () => {
-    select(null);
+  button.addEventListener("click", ({ detail }) => {
     write({ keep: i, next: [id] });
+    state.isChosenByKey = state.isBusy && detail === 0;
   });
   return button;
 }
@@ -113,16 +108,15 @@ function makeTiles() {
   }
   Object.assign(view, { layer: Math.min(view.layer, L - 1), head: Math.min(view.head, H - 1) });
   moveStop(tiles, tiles.firstElementChild);
-  if (!tiles.dataset.roves) rove(tiles, ".tile");
+  if (!tiles.dataset.roves) rove(tiles, ".tile", () => state.models[view.model].config.n_head);
   tiles.dataset.roves = "yes";
 }
 
-/** Everything below the text, anew. */
+/** All maps, anew. */
 function showInside() {
-  if (!state.T) return;
+  if (!state.T || state.isBusy) return;
   worker.postMessage({ kind: "tiles", model: view.model });
   showMap(view.layer, view.head);
-  showToken();
 }
 
 const READS = { previous: "the token before", same: "itself", first: "the first token" };
@@ -136,6 +130,7 @@ function showTiles({ model, layer, heads }) {
   heads.forEach(({ cells, reads }, head) => {
     const tile = byId("tiles").children[layer * H + head];
     paint(tile.firstElementChild, cells, Math.sqrt(cells.length));
+    if (!reads) return;
     const [what, share] = Object.entries(reads).sort((a, b) => b[1] - a[1])[0];
     tile.lastElementChild.textContent = `${layer}.${head} ${what} ${percent(share)}`;
     const all = Object.entries(READS).map(([name, words]) => `${words} ${percent(reads[name])}`);
@@ -143,6 +138,8 @@ function showTiles({ model, layer, heads }) {
     tile.title = all.join(", ");
   });
   if (layer < L - 1) return;
+  byId("tiles-about").textContent = "What a head reads on average is said from the third token on.";
+  if (!heads[0].reads) return;
   const all = view.reads.flatMap((row, l) => row.map((reads, head) => ({ name: `${l}.${head}`, reads })));
   const most = Object.entries(READS).map(([what, words]) => {
     const best = all.reduce((a, b) => (b.reads[what] > a.reads[what] ? b : a));
@@ -186,14 +183,15 @@ async function showMap(layer, head) {
     tile.setAttribute("aria-pressed", String(at === layer * H + head));
   }
   byId("map-title").textContent = `Attention, layer ${layer}, head ${head}`;
-  if (!state.T) return;
+  if (!state.T || state.isBusy) return;
   const map = await ask({ kind: "map", model: view.model, layer, head });
   if (map.layer !== view.layer || map.head !== view.head || map.model !== view.model) return;
+  map.tokens = Array.from({ length: map.T }, (_, t) => tokenAt(map.start + t)); // the text may change meanwhile
   view.map = map;
   paint(byId("map"), map.p, map.T);
   byId("map").setAttribute(
     "aria-label",
-    `Attention map of layer ${layer}, head ${head}: ${map.T} tokens; arrow keys choose a row`,
+    `Attention map of layer ${layer}, head ${head}: ${map.T} tokens; arrow keys choose a row and a column, Enter selects`,
   );
   for (const id of ["png", "svg"]) byId(id).disabled = false;
   makeStrip();
@@ -205,13 +203,41 @@ function inContext(i) {
   return Math.max(state.start, Math.min(i ?? Infinity, state.start + state.T - 1));
 }
 
+/** Whether the text still has token t of the map. */
+function isCurrent(t) {
+  const token = view.map?.tokens[t];
+  return token !== undefined && token === tokenAt(view.map.start + t);
+}
+
+/** Make token t of the map the selected one. */
+function selectRow(t) {
+  if (isCurrent(t)) select(view.map.start + t);
+}
+
+/** The arrow keys in the map: up and down to another token, left and right to one that it reads. */
+function moveInMap(event) {
+  const { map } = view;
+  if (!map || event.altKey || event.ctrlKey || event.metaKey) return;
+  const down = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10 }[event.key] ?? 0;
+  const right = { ArrowRight: 1, ArrowLeft: -1 }[event.key] ?? 0;
+  if (event.key === "Enter") selectRow(view.row);
+  else if (!down && !right) return;
+  event.preventDefault();
+  const row = Math.max(0, Math.min(map.T - 1, view.row + down));
+  const column = view.column ?? (right ? row + (right < 0 ? 1 : 0) : null);
+  showRow(row, column === null ? null : Math.max(0, Math.min(row, column + right)));
+}
+
+/** The name of token t of the map. */
+function nameInMap(t) {
+  return visible(state.vocabulary[view.map.tokens[t]?.id] ?? "");
+}
+
 function makeStrip() {
-  const { start, T } = view.map;
-  const spans = Array.from({ length: T }, (_, t) => {
-    const token = tokenAt(start + t);
+  const spans = view.map.tokens.map((token, t) => {
     const span = element("span", { className: "token", tabIndex: t ? -1 : 0, role: "button" }, token?.piece ?? "");
-    span.dataset.i = start + t;
-    span.setAttribute("aria-label", visible(state.vocabulary[token?.id] ?? ""));
+    span.dataset.t = t;
+    span.setAttribute("aria-label", nameInMap(t));
     if (token?.piece.startsWith("\n")) span.classList.add("line");
     else if (!token?.piece) span.classList.add("empty");
     return span;
@@ -224,11 +250,12 @@ function showRow(row, column = null) {
   const { map } = view;
   if (!map || !(row >= 0 && row < map.T)) return;
   const p = map.p.subarray(row * map.T, row * map.T + row + 1);
-  const name = (t) => `${visible(state.vocabulary[tokenAt(map.start + t)?.id] ?? "")} (${map.start + t})`;
+  const name = (t) => `${nameInMap(t)} (${map.start + t})`;
   const order = Array.from(p.keys()).sort((a, b) => p[b] - p[a]);
   const strongest = order.slice(0, 4).map((t) => `${name(t)} ${percent(p[t])}`);
   const cell = column !== null && column <= row ? `; here ${name(column)} ${percent(p[column])}` : "";
   byId("map-about").textContent = `Token ${name(row)} reads ${strongest.join(", ")}${cell}.`;
+  view.column = column;
   if (row === view.row && view.shown === map) return;
   Object.assign(view, { row, shown: map });
   [...byId("strip").children].forEach((span, t) => {
@@ -246,7 +273,9 @@ function columnAt({ offsetX, target }) {
 }
 
 function fileName(ending) {
-  return `attention-layer-${view.layer}-head-${view.head}.${ending}`;
+  const { model, layer, head } = view.map;
+  const which = state.models.length > 1 ? `${state.models[model].name.replace(/[^\p{L}\p{N}]+/gu, "-")}-` : "";
+  return `attention-${which}layer-${layer}-head-${head}.${ending}`;
 }
 
 function save(blob, name) {
@@ -266,7 +295,7 @@ function savePng() {
 
 /** The map as an SVG file: a square for each share of at least SVG_LEAST, with the two tokens as its title. */
 function saveSvg() {
-  const { T, p, start } = view.map;
+  const { T, p } = view.map;
   const make = (tag, attributes) => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -279,7 +308,6 @@ function saveSvg() {
     "shape-rendering": "crispEdges",
   });
   svg.append(make("rect", { width: T, height: T, fill: "#f2f4f8" }));
-  const name = (t) => visible(state.vocabulary[tokenAt(start + t)?.id] ?? "");
   for (let row = 0; row < T; row++) {
     for (let column = 0; column <= row; column++) {
       const share = p[row * T + column];
@@ -288,7 +316,7 @@ function saveSvg() {
       const cell = make("rect", { x: column, y: row, width: 1, height: 1, fill: "#123c8c", "fill-opacity": opacity });
       if (T <= 256) {
         const title = make("title", {});
-        title.textContent = `${name(row)} reads ${name(column)}, ${percent(share)}`;
+        title.textContent = `${nameInMap(row)} reads ${nameInMap(column)}, ${percent(share)}`;
         cell.append(title);
       }
       svg.append(cell);
@@ -303,7 +331,7 @@ function saveSvg() {
 async function showToken() {
   if (!state.T || state.isBusy) return;
   const i = inContext(state.selected);
-  if (view.map && view.map.start === state.start) showRow(i - view.map.start);
+  if (isCurrent(i - view.map?.start)) showRow(i - view.map.start);
   const model = view.model;
   try {
     showLens(await ask({ kind: "lens", model, i }));
@@ -325,7 +353,7 @@ function showLens({ i, next, layers }) {
   const about =
     next === undefined ? "the next token, not written yet" : `${visible(state.vocabulary[next])}, which follows`;
   byId("lens-about").textContent =
-    `Read at token ${i}, ${visible(state.vocabulary[tokenAt(i)?.id] ?? "")}: the residual stream after each layer, put through the final LayerNorm and the output head; what it would predict in place of ${about}.`;
+    `Read at token ${i}, ${visible(state.vocabulary[tokenAt(i)?.id] ?? "")}: the residual stream after each layer, put through the final LayerNorm and the output head; what it would predict in place of ${about}. |x|: the length of the residual stream; |attn|, |mlp|: of what attention and MLP add.`;
   const head = ["after", "most likely", "second", "third", "fourth", "fifth"];
   if (next !== undefined) head.push("what follows");
   head.push("|x|", "|attn|", "|mlp|");

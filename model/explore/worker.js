@@ -15,14 +15,15 @@ let tokenizer;
 let models = [];
 let text;
 let job = 0; // the newest reading or writing; an older one ends at its next pause
-let tilesJob = 0;
+let tilesJob = 0; // likewise; reading and writing end them
+let lensJob = 0;
 let running = Promise.resolve();
 let undrawn = 0;
 let wake = () => {}; // what waits for the page to draw
 
 /**
- * A text as every model reads it. start: the first token that is still in the models' context of N tokens. T: how many
- * from there they have read; fewer than there are only where reading was stopped.
+ * A text as every model reads it. start: the first token that is still in the models' context of N tokens; T: how many
+ * from there they have read. Where reading was stopped, `ahead` is empty and both are what they happened to be.
  */
 class Text {
   constructor() {
@@ -38,13 +39,19 @@ class Text {
     return this.readings[0].T;
   }
 
+  /**
+   * Where the context of a text of n tokens starts. Positions are learned, so the context cannot slide: each time it is
+   * full it begins anew with its last half (model/generate.py). It depends on n alone, whatever was read before.
+   */
+  startOf(n) {
+    const step = this.N + 1 - this.half;
+    return Math.max(0, Math.ceil((n - this.N) / step)) * step;
+  }
+
   /** Go back to the first n tokens. */
   async keep(n, pause) {
     this.ids.length = n;
-    if (n <= this.start) await this.begin(Math.max(0, n - this.half), pause);
-    else if (n !== this.start + this.T || !this.ahead.length) {
-      await this.readFrom(Math.min(n - 1, this.start + this.T), pause);
-    }
+    if (n !== this.start + this.T || !this.ahead.length) await this.read(n, pause);
   }
 
   /** Add a token -> for each model its log-probability and what was likely there; null for the first. */
@@ -54,9 +61,7 @@ class Text {
       : null;
     this.ids.push(id);
     try {
-      // Positions are learned, so the context cannot slide: it begins anew with its last half (model/generate.py).
-      if (this.T === this.N) await this.begin(this.ids.length - this.half, pause);
-      else await this.readFrom(this.ids.length - 1, pause);
+      await this.read(this.ids.length - 1, pause);
     } catch (error) {
       this.ids.pop();
       throw error;
@@ -64,20 +69,20 @@ class Text {
     return rows;
   }
 
-  async begin(start, pause) {
-    this.start = start;
-    await this.readFrom(start, pause);
-  }
-
-  async readFrom(first, pause) {
-    this.ahead = [];
-    for (const reading of this.readings) reading.T = first - this.start;
-    let logits = [];
-    for (let i = first; i < this.ids.length; i++) {
-      await pause();
-      logits = this.readings.map((reading) => reading.forward(this.ids[i]));
+  /** Read to the end of the text. known: how many of its first tokens are those that were there before. */
+  async read(known, pause) {
+    const n = this.ids.length;
+    const start = this.startOf(n);
+    const end = start === this.start ? Math.min(known, start + this.T) : start; // of what need not be read again
+    const first = Math.max(start, Math.min(end, n - 1)); // the last one again, for what comes next
+    Object.assign(this, { start, ahead: [] });
+    for (const reading of this.readings) reading.T = first - start;
+    let states = [];
+    for (let i = first; i < n; i++) {
+      await pause(i - first, n - first);
+      states = this.readings.map((reading) => reading.read(this.ids[i]));
     }
-    this.ahead = logits.map(forecast);
+    this.ahead = states.map((x, m) => forecast(this.readings[m].model.logits(x)));
   }
 }
 
@@ -130,9 +135,11 @@ function uniform(seed, i) {
 
 /** Let the messages that have arrived be handled. A timer would wait for 4 ms. */
 const channel = new MessageChannel();
+const resting = [];
+channel.port1.onmessage = () => resting.shift()();
 function breathe() {
   return new Promise((resolve) => {
-    channel.port1.onmessage = resolve;
+    resting.push(resolve);
     channel.port2.postMessage(null);
   });
 }
@@ -147,9 +154,10 @@ async function write({ prompt, keep, next, tokens, settings, writer, shown, numb
     batch = [];
     undrawn++;
   };
-  const pause = async () => {
+  const pause = async (done = 0, of = 1) => {
     if (performance.now() - last >= PAUSE_MS) {
       flush();
+      if (of > 1) postMessage({ kind: "reading", done, of });
       await breathe();
       while (undrawn > UNDRAWN && mine === job) await new Promise((resolve) => (wake = resolve));
       last = performance.now();
@@ -157,14 +165,16 @@ async function write({ prompt, keep, next, tokens, settings, writer, shown, numb
     if (mine !== job) throw new Cancelled();
   };
   let ending = "";
+  let isError = false;
   let written = 0;
   let began = performance.now();
   try {
+    if (keep > text.ids.length) throw new Error("The text has changed meanwhile: choose again.");
     const ids = prompt === undefined ? [...text.ids.slice(0, keep), ...next] : encode(prompt);
     const common = shared(ids, text.ids);
     const n = common < shown ? 0 : common; // the page does not have the tokens before `shown`
-    await text.keep(n, pause);
     postMessage({ kind: "kept", n });
+    await text.keep(n, pause);
     const stream = new TextStream(tokenizer);
     for (const id of text.ids.slice(-8)) stream.feed(id); // a character may have begun there
     const push = async (id) => {
@@ -178,20 +188,20 @@ async function write({ prompt, keep, next, tokens, settings, writer, shown, numb
       await pause();
       const id = draw(text.ahead[writer].logits, settings, uniform(settings.seed, text.ids.length));
       if (id === tokenizer.eotId) {
-        ending = "The model ended the text here.";
+        ending = "The model ended the text here; to continue it, choose another next token.";
         break;
       }
       await push(id);
     }
   } catch (error) {
-    if (!(error instanceof Cancelled)) ending = error.message;
-    else ending = "Stopped.";
+    isError = !(error instanceof Cancelled);
+    ending = isError ? error.message : "Stopped.";
   }
   flush();
   postMessage({ kind: "kept", n: text.ids.length });
   const ahead = text.ahead.map(({ top }) => ({ top }));
   const seconds = (performance.now() - began) / 1000;
-  postMessage({ kind: "done", ending, written, seconds, start: text.start, T: text.T, ahead, number });
+  postMessage({ kind: "done", ending, isError, written, seconds, start: text.start, T: text.T, ahead, number });
 }
 
 /** The ids of a prompt. Error for one that the model cannot read. */
@@ -228,17 +238,20 @@ async function tiles({ model }, mine) {
 }
 
 /** What the residual stream of a token would predict after each layer, and how long it is. */
-function lens({ model, i }) {
+async function lens({ model, i }, mine) {
   const reading = text.readings[model];
   const t = i - text.start;
   const next = text.ids[i + 1];
-  const layers = reading.stream.map((_, layer) => {
+  const layers = [];
+  for (const layer of reading.stream.keys()) {
     const x = reading.state(layer, t);
     const { logits, logSum, top } = forecast(reading.model.logits(x));
     const written = layer ? Array.from(reading.written[layer - 1].subarray(2 * t, 2 * t + 2)) : null;
     const p = next === undefined ? null : Math.exp(logits[next] - logSum);
-    return { top: top.slice(0, LENS), next: p, norm: norm(x), written };
-  });
+    layers.push({ top: top.slice(0, LENS), next: p, norm: norm(x), written });
+    await breathe();
+    if (mine !== lensJob) throw new Error("Another token was chosen.");
+  }
   postMessage({ kind: "lens", model, i, next, layers });
 }
 
@@ -258,6 +271,8 @@ const handlers = {
   },
   write(message) {
     const mine = ++job;
+    tilesJob++;
+    lensJob++;
     wake();
     running = running.then(() => write(message, mine));
   },
@@ -270,14 +285,13 @@ const handlers = {
     undrawn = 0;
     wake();
   },
-  tiles(message) {
-    tiles(message, ++tilesJob);
-  },
+  tiles: (message) => tiles(message, ++tilesJob),
   map({ model, layer, head }) {
     const reading = text.readings[model];
-    postMessage({ kind: "map", model, layer, head, T: reading.T, start: text.start, p: reading.map(layer, head) });
+    const p = reading.map(layer, head);
+    postMessage({ kind: "map", model, layer, head, T: reading.T, start: text.start, p }, [p.buffer]);
   },
-  lens,
+  lens: (message) => lens(message, ++lensJob),
   neighbours({ model, i }) {
     const { wte, wpe } = models[model].gpt;
     const tokens = neighbours(wte, text.ids[i], NEIGHBOURS);
@@ -292,9 +306,9 @@ const handlers = {
   },
 };
 
-addEventListener("message", ({ data }) => {
+addEventListener("message", async ({ data }) => {
   try {
-    handlers[data.kind](data);
+    await handlers[data.kind](data);
   } catch (error) {
     postMessage({ kind: "failed", what: data.kind, reason: error.message });
   }

@@ -183,7 +183,7 @@ def html(run: History) -> str:
         Path(__file__).with_name("report.html.jinja"), name=run.name, progress=_progress(run), figures=_figures(run),
         about=f"{parameters(run.model):,} parameters, preset {run.options.get('preset', 'unknown')}",
         highlights=_highlights(run), notes=_notes(run), samples=samples, samples_skipped=samples_skipped,
-        changed=changed, rest=rest, commands=_commands(run),
+        changed=changed, rest=rest, commands=_commands(run), explore=EXPLORE if (run.folder / EXPLORE).exists() else "",
     )  # fmt: skip
 
 
