@@ -5,6 +5,7 @@ import contextlib
 import io
 import re
 import subprocess
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,17 +21,22 @@ _MOST_ROWS = {"B": 16, "M": 48, "T": 256}
 
 
 @contextlib.contextmanager
-def no_compilation() -> Iterator[None]:
+def no_compilation(*, this_thread: bool = False) -> Iterator[None]:
     """Inside the block a launch that Triton has not compiled yet is a RuntimeError that names the kernel.
 
-    For the capture of a CUDA graph, which would end in the driver's refusal to load code.
+    For the capture of a CUDA graph, which would end in the driver's refusal to load code. this_thread: others may
+    compile; the threads of a backward pass are others.
     """
     if not HAS_TRITON:
         yield
         return
     from triton import knobs
 
+    owner = threading.get_ident()
+
     def refuse(*, repr: str, **details: Any) -> None:
+        if this_thread and threading.get_ident() != owner:
+            return
         raise RuntimeError(f"a CUDA graph cannot be captured: it launches what no step before it compiled, {repr}")
 
     previous, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, refuse

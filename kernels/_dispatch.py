@@ -1,6 +1,7 @@
 """The one place that decides between a Triton kernel and PyTorch's own operator."""
 
 import functools
+import threading
 import warnings
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor
 from . import _backend
 from ._backend import device_problem
 from ._compile import preflight
-from ._launch import recording
+from ._launch import recorded_backend, recording
 from ._triton import INTERPRET
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _warned: set[str] = set()
+_preflight = threading.Lock()  # it redirects the output of the process
 
 
 @functools.cache  # a dictionary look-up from the second time on
@@ -26,7 +28,8 @@ def kernel_problem(name: str, dtype: torch.dtype, device_index: int, **widths: A
     gpu = torch.cuda.get_device_properties(device_index)
     shared_limit = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]  # absent from the stubs
     device = torch.device("cuda", device_index)
-    return preflight(name, dtype, widths, 10 * gpu.major + gpu.minor, shared_limit, device)
+    with _preflight:
+        return preflight(name, dtype, widths, 10 * gpu.major + gpu.minor, shared_limit, device)
 
 
 # Properties of the machine, constant while torch.compile traces: no graph break and no guard.
@@ -55,7 +58,7 @@ def use_triton(name: str, x: Tensor, unsupported: str | None = None, **widths: A
     widths: what its launches depend on, as entries of a case of its KernelSpec. Everything that forward and backward
     launch for them is compiled before their first use, so that a failure is known before it can happen in a run.
     """
-    backend = _backend.per_operator.get(name, _backend.current)
+    backend = recorded_backend() or _backend.per_operator.get(name, _backend.current)
     if backend == "eager" or (backend == "auto" and not x.is_cuda):
         return False
     problem = unsupported if recording() else _device_problem_traced(x.device.type, x.device.index) or unsupported

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,48 +24,63 @@ class Launch:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-_recorded: list[Launch] | None = None
-_assumed_arch: int | None = None
-_assumed_sms: int | None = None
-_assumed_device: torch.device | None = None
+class _Thread(threading.local):
+    """What the blocks below have set in this thread: others launch meanwhile, as the replicas of nn.DataParallel do."""
+
+    recorded: list[Launch] | None = None
+    arch: int | None = None
+    sms: int | None = None
+    device: torch.device | None = None
+    backend: str | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def _set(**values: Any) -> Iterator[None]:
+    """Inside the block this thread has these values."""
+    previous = {name: getattr(_thread, name) for name in values}
+    vars(_thread).update(values)
+    try:
+        yield
+    finally:
+        vars(_thread).update(previous)
 
 
 @contextlib.contextmanager
 def record_launches(
     arch: int | None = None, sms: int | None = None, device: torch.device | None = None
 ) -> Iterator[list[Launch]]:
-    """Inside the block launches are written down and not run, those by kernel[grid](...) too: outputs hold whatever
-    memory held.
+    """Inside the block this thread's launches are written down and not run, those by kernel[grid](...) too: outputs
+    hold whatever memory held.
 
     arch: the defaults of that architecture are used, as in `assume_arch`. sms: its streaming multiprocessors.
     device: the GPU that will launch them, with the tables that were measured on it; None: the defaults alone.
     """
-    global _recorded, _assumed_sms, _assumed_device
     recorded: list[Launch] = []
-    previous, _recorded = (_recorded, _assumed_sms, _assumed_device), recorded
-    _assumed_sms, _assumed_device = sms, device
-    try:
-        with assume_arch(arch), intercepted(lambda *launched: recorded.append(Launch(*launched))):
-            yield recorded
-    finally:
-        _recorded, _assumed_sms, _assumed_device = previous
+    with (
+        _set(recorded=recorded, sms=sms, device=device),
+        assume_arch(arch),
+        intercepted(lambda *launched: recorded.append(Launch(*launched))),
+    ):
+        yield recorded
 
 
-@contextlib.contextmanager
-def assume_arch(arch: int | None) -> Iterator[None]:
+def assume_arch(arch: int | None) -> contextlib.AbstractContextManager[None]:
     """Inside the block launch tables are those of sm_<arch>, whatever the device; None changes nothing."""
-    global _assumed_arch
-    previous, _assumed_arch = _assumed_arch, arch or _assumed_arch
-    try:
-        yield
-    finally:
-        _assumed_arch = previous
+    return _set(arch=arch or _thread.arch)
+
+
+def recorded_with(backend: str) -> contextlib.AbstractContextManager[None]:
+    """`use_backend` inside `record_launches`, for this thread alone."""
+    return _set(backend=backend)
 
 
 def arch_of(device: torch.device) -> int:
     """Compute capability of a CUDA device as a number, 90 for 9.0; 90 on a CPU, to interpret what newer GPUs run."""
-    if _assumed_arch is not None:
-        return _assumed_arch
+    if _thread.arch is not None:
+        return _thread.arch
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -73,14 +89,21 @@ def arch_of(device: torch.device) -> int:
 
 def table_device(device: torch.device) -> torch.device | None:
     """The GPU whose measured launch tables hold for a launch on `device`; None on a CPU and in a static survey."""
-    if _recorded is not None or _assumed_arch is not None:
-        return _assumed_device
+    if _thread.recorded is not None or _thread.arch is not None:
+        return _thread.device
     return device if device.type == "cuda" else None
 
 
+@torch.compiler.assume_constant_result  # which cannot trace what belongs to a thread; nothing is compiled in the block
 def recording() -> bool:
     """True inside `record_launches`: nothing runs, so any device will do."""
-    return _recorded is not None
+    return _thread.recorded is not None
+
+
+@torch.compiler.assume_constant_result
+def recorded_backend() -> str | None:
+    """That of the innermost `recorded_with` block, None outside any."""
+    return _thread.backend
 
 
 def tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
@@ -102,8 +125,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """
     if 0 in grid:
         return
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, meta))
+    if _thread.recorded is not None:
+        _thread.recorded.append(Launch(kernel, grid, args, meta))
         return
     device = next(tensors(args)).device
     # Triton launches on the current device, which need not be the tensor's on a machine with several.
@@ -131,7 +154,7 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, **options:
 
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 2 on a CPU, so that interpreted row loops take several turns."""
-    return _sm_count(device) if _assumed_sms is None else _assumed_sms
+    return _sm_count(device) if _thread.sms is None else _thread.sms
 
 
 @functools.cache

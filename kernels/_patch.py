@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ._dispatch import warn_once
 from .add_layer_norm import add_layer_norm
-from .attention import causal_attention
+from .attention import causal_attention, document_bounds
 from .gelu import bias_gelu, linear_gelu
 from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
@@ -56,7 +56,7 @@ class _Attention(nn.Module):
     def forward(
         self, hidden_states, past_key_values=None, attention_mask=None, *, documents="unknown", keep_p=False, **kwargs
     ):
-        """documents: where GPT2Model knows what the mask says, (B, T) or None, and the mask is not looked at.
+        """documents: where GPT2Model knows what the mask says, their bounds or None, and the mask is not looked at.
 
         keep_p: dropout is left to the caller, whose third result is its probability.
         """
@@ -134,7 +134,8 @@ class _Model(nn.Module):
                 if not isinstance(documents, str):
                     # 4 dimensions stop transformers from making a mask of (B, 1, T, T); nothing reads it.
                     seen = x.new_ones((1, 1, 1, 1), dtype=torch.bool)
-                    kwargs |= {"attention_mask": seen, "documents": documents}
+                    bounds = None if documents is None else document_bounds(documents)  # once for all layers
+                    kwargs |= {"attention_mask": seen, "documents": bounds}
         return super().forward(*args, **kwargs)
 
 
@@ -233,7 +234,7 @@ def _mixin(module: Any) -> Any:
     if mixin is _Attention and module.is_cross_attention:
         return None
     if mixin is _MLP and type(module.act).__name__ not in _APPROXIMATE:
-        warn_once(f"patch: the activation stays transformers' own: {type(module.act).__name__} is no GELU of GPT-2")
+        warn_once(f"patch: the activation stays transformers' own: {type(module.act).__name__} is not GPT-2's GELU")
         return None
     return mixin
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ._backend import Backend, use_backend
-from ._launch import record_launches
+from ._launch import record_launches, recorded_with, recording
 from ._registry import Case, KernelSpec
 
 OUTPUT_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 2.0
@@ -120,7 +120,7 @@ def evaluate(
     if incoming is not None:
         differentiable = {name: inputs[name] for name in spec.grads if inputs[name] is not None}
         leaves = {name: value.detach().requires_grad_() for name, value in differentiable.items()}
-    with use_backend(backend):
+    with recorded_with(backend) if recording() else use_backend(backend):
         result = (fn or function(spec, backend))(**{**inputs, **leaves})
         results = result if isinstance(result, tuple) else (result,)
         if len(results) != len(spec.outputs):

@@ -7,8 +7,8 @@ A candidate takes the place of the default of its kernel and key only if it
     beats the default by 3 % in 80 % of the rounds, in which all candidates take turns
 
 What is timed is the pass of the operator in which the kernel runs, in a CUDA graph of about twenty calls on three sets
-of inputs in turn: what other launches, sums and allocations an option costs is part of it. Each entry is written as
-soon as it is measured: a kill loses the one that was under way.
+of inputs in turn, or as many as the L2 cache does not hold: what other launches, sums and allocations an option costs
+is part of it. Each entry is written as soon as it is measured: a kill loses the one that was under way.
 """
 
 import concurrent.futures
@@ -45,6 +45,7 @@ GAIN, ROUNDS_WON = 0.03, 0.8  # of the time, and of the rounds
 ISSUE = 1.25  # times the instructions of the best candidate
 BEHIND, HEATS = 1.1, 3  # a candidate that takes so much longer than the best after so many rounds leaves
 CALLS, SETS, GRAPH_S = 20, 3, 0.02  # in a graph; of inputs; seconds of a graph, where fewer calls take as long
+MOST_SETS = 64  # of inputs that the L2 cache could hold
 ROUNDS, QUICK_S = {True: 10, False: 30}, 110.0  # seconds to begin a target in
 FIRST_PROOF = ("shapes", "repeats", "memory")  # of every candidate; all families of the one that is chosen
 
@@ -207,6 +208,7 @@ class Machine:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.gpu = device, _tables.gpu_of(device)
+        self.cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.start, self.stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
@@ -305,7 +307,9 @@ def race(target: Target, machine: Machine, rounds: int) -> None:
     spec, racers = all_specs()[target.op], target.left()
     for case in target.cases:
         drawn = spec.inputs(case, target.dtype, machine.device)
-        sets = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in drawn.items()} for _ in range(SETS)]
+        size = sum(v.nbytes for v in drawn.values() if isinstance(v, Tensor))
+        n = min(MOST_SETS, max(SETS, math.ceil(2 * machine.cache_bytes / max(size, 1))))
+        sets = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in drawn.items()} for _ in range(n)]
         calls = [passes(spec, inputs)[target.kind] for inputs in sets]
         ready: dict[Candidate, Callable[[], float]] = {}
         for candidate in racers:

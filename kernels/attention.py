@@ -87,11 +87,13 @@ def _default_tiles(head_dim: int, dtype: torch.dtype, arch: int, dropout: bool, 
     return tiles((64, 64, 4, 2), (16, 64, 4, 2), (64, 32, 4, 2))
 
 
-def _takes_descriptor(x: Tensor) -> bool:
+def _takes_descriptor(x: Tensor, arch: int) -> bool:
     """Whether x: (B, T, H, D) can be read by a tensor descriptor: unit stride in D, all else in steps of 16 bytes."""
     steps = [stride * x.element_size() for stride in x.stride()[:-1]]
     aligned = x.data_ptr() % 16 == 0 and all(0 < step < 2**40 and step % 16 == 0 for step in steps)
-    return aligned and x.stride(-1) == 1 and x.numel() > 0
+    # Triton 3.7's launcher sums the bytes that a descriptor spans in an int, and on sm_100 sets a bit by the sum.
+    spans = sum(step * (n - 1) for step, n in zip(steps, x.shape, strict=False))
+    return arch >= 90 and aligned and x.stride(-1) == 1 and x.numel() > 0 and (arch < 100 or spans < 2**31 - 2**16)
 
 
 def _launch(
@@ -105,8 +107,9 @@ def _launch(
     name = kernel.__name__.removesuffix("_kernel")
     B, T, H, D = tensors[0].shape
     device, dtype = tensors[0].device, tensors[0].dtype
-    key = {"dropout": seed is not None, "descriptors": all(map(_takes_descriptor, tensors))}
-    default = _default_tiles(D, dtype, arch_of(device), **key)[name]
+    arch = arch_of(device)
+    key = {"dropout": seed is not None, "descriptors": all(_takes_descriptor(x, arch) for x in tensors)}
+    default = _default_tiles(D, dtype, arch, **key)[name]
     space = _SPACE[name]._replace(DESCRIPTORS=(0, 1) if key["descriptors"] else (0,))
     options = choose(name, default._asdict(), space._asdict(), device, dtype=dtype, D=D, **key)
     BLOCK_M, BLOCK_N, num_warps, num_stages, descriptors = Tile(**options)
@@ -265,7 +268,15 @@ def checked_options(
     if documents.is_floating_point() or documents.shape != ((B, T) if documents.ndim == 2 else (B, 2, T)):
         got = f"{documents.dtype} {tuple(documents.shape)}"
         raise ValueError(f"{name}: documents must be integers of {(B, T)} or document_bounds of them, got {got}")
-    return sm_scale, document_bounds(documents) if documents.ndim == 2 else documents
+    bounds = document_bounds(documents) if documents.ndim == 2 else documents.to(torch.int32).contiguous()
+    return sm_scale, bounds
+
+
+def runs_on_triton(name: str, x: Tensor, H: int, D: int, dropout_p: float, bounds: Tensor | None) -> bool:
+    """Whether an operator that launches these kernels runs them on x."""
+    # dropout_p itself: Triton compiles another kernel where the threshold of its random numbers is divisible by 16
+    options = {"dropout_p": dropout_p, "documents": int(bounds is not None)}
+    return use_triton(name, x, why_unsupported(D), H=H, D=D, **options)
 
 
 def causal_attention(
@@ -294,7 +305,7 @@ def causal_attention(
         raise ValueError(f"causal_attention: qkv must be (B, T, 3 * n_head * D), got {shape}, n_head {n_head}")
     D = qkv.shape[-1] // (3 * n_head)
     sm_scale, bounds = checked_options("causal_attention", (*qkv.shape[:2], D), dropout_p, sm_scale, documents)
-    if use_triton("causal_attention", qkv, why_unsupported(D), H=n_head, D=D, dropout_p=0.5 if dropout_p else 0.0):
+    if runs_on_triton("causal_attention", qkv, n_head, D, dropout_p, bounds):
         seed = seed_tensor(seed, qkv.device) if dropout_p else None
         packed = qkv.unflatten(-1, (3 * n_head, D))
         return attention_fwd(packed, None, None, seed, bounds, dropout_p, sm_scale)[0].flatten(2)

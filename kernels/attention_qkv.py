@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from . import attention
-from ._dispatch import use_triton
 from ._dropout import seed_tensor
 from ._registry import Case, Draw, register
-from .attention import attention_fwd, checked_options, draw_options, eager_attention, why_unsupported
+from .attention import attention_fwd, checked_options, draw_options, eager_attention, runs_on_triton
 
 
 def causal_attention_qkv(
@@ -35,7 +34,7 @@ def causal_attention_qkv(
         raise ValueError(f"causal_attention_qkv: q, k and v must be alike, (B, T, H, D), got {got}")
     B, T, H, D = q.shape
     sm_scale, bounds = checked_options("causal_attention_qkv", (B, T, D), dropout_p, sm_scale, documents)
-    if use_triton("causal_attention_qkv", q, why_unsupported(D), H=H, D=D, dropout_p=0.5 if dropout_p else 0.0):
+    if runs_on_triton("causal_attention_qkv", q, H, D, dropout_p, bounds):
         seed = seed_tensor(seed, q.device) if dropout_p else None
         return attention_fwd(q, k, v, seed, bounds, dropout_p, sm_scale)[0]
     return eager_attention(q, k, v, dropout_p, seed, sm_scale, bounds)

@@ -39,7 +39,7 @@ def tile(kernel: str, x: Tensor) -> Options:
     # A long row gets all threads of a program: of the two rows that a multiprocessor then works at, 26 MB on an H100,
     # L2 still holds what a second pass reads.
     V = x.shape[1]
-    BLOCK_V = min(triton.next_power_of_2(V), 8192)
+    BLOCK_V = min(max(64, triton.next_power_of_2(V)), 8192)
     BLOCK_M = max(1, 1024 // BLOCK_V)  # larger tiles of short rows at odd strides spill: an address an element
     default = {"BLOCK_M": BLOCK_M, "BLOCK_V": BLOCK_V, "num_warps": min(32, BLOCK_M * BLOCK_V // (32 * 8))}
     return choose(kernel, default, _SPACE if BLOCK_M == 1 else {}, x.device, dtype=x.dtype, V=V, vector=_vector(x))
@@ -129,15 +129,16 @@ def rows_forward(
 
 @triton.jit
 def _gradient_tile(
-    x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, start, V_ROW, RAGGED: tl.constexpr, BLOCK_V: tl.constexpr
+    x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, start, V, V_ROW, RAGGED: tl.constexpr, BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """Writes r exp(x - m) from column `start` on; r = m = x = 0 where a row is not counted."""
+    """Writes r exp(x - m) from column `start` on, 0 from V on; r = m = x = 0 where a row is not counted."""
     x = _logits_tile(x_ptrs, stride_xv, counted, start, V_ROW, RAGGED, BLOCK_V)  # (BLOCK_M, BLOCK_V), as is dx
     dx = _exp(x - m_i[:, None]) * r_i[:, None]
     offs_v = start + tl.arange(0, BLOCK_V)
     mask = mask_m[:, None]
     if RAGGED:
         mask &= (offs_v < V_ROW)[None, :]
+        dx = tl.where((offs_v < V)[None, :], dx, 0.0)
     tl.store(dx_ptrs[:, None] + offs_v[None, :], dx.to(dx_ptrs.dtype.element_ty), mask=mask)
 
 
@@ -147,7 +148,7 @@ def rows_backward(
 ):  # fmt: skip
     """Writes scale * (p - [v = t]), 0 in ignored rows, to the contiguous rows at dx_ptrs, which may be x_ptrs.
 
-    V_ROW >= V: elements of a row that may be written; those from V on get no meaning.
+    V_ROW >= V: elements of a row that are written, 0 from V on. Of a last tile alone: V_ROW <= V rounded up to BLOCK_V.
     """
     counted = mask_m & (t != ignore_index)
     x_t = _target_logits(x_ptrs, t, stride_xv, counted, V)
@@ -155,8 +156,8 @@ def rows_backward(
     r_i = tl.where(counted, scale / l_i, 0.0)
     last = (V - 1) // BLOCK_V * BLOCK_V
     for start in range(0, last, BLOCK_V):
-        _gradient_tile(x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, start, V_ROW, False, BLOCK_V)
-    _gradient_tile(x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, last, V_ROW, True, BLOCK_V)
+        _gradient_tile(x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, start, V, V_ROW, False, BLOCK_V)
+    _gradient_tile(x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, last, V, V_ROW, True, BLOCK_V)
     tl.debug_barrier()  # another thread has written the target's element as one of the others; it is written again
     dx_t = _exp(x_t - m_i) * r_i - scale
     tl.store(dx_ptrs + t, dx_t.to(dx_ptrs.dtype.element_ty), mask=counted & _is_class(t, V))
@@ -271,7 +272,7 @@ def check_targets(name: str, rows: Tensor, targets: Tensor) -> None:
     """ValueError unless targets is (M,) int64 for M rows."""
     if targets.shape != rows.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
-            f"{name}: {rows.shape[0]} rows want targets of ({rows.shape[0]},) in torch.int64, "
+            f"{name}: {rows.shape[0]} rows need targets of ({rows.shape[0]},) in torch.int64, "
             f"got {tuple(targets.shape)} in {targets.dtype}"
         )
 

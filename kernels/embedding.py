@@ -154,7 +154,7 @@ def embedding(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype | None =
             f"got {tuple(idx.shape)} {idx.dtype}, {tuple(wte.shape)} and {tuple(wpe.shape)}"
         )
     dtype = wte.dtype if dtype is None or wte.dtype == torch.float64 else dtype
-    if use_triton("embedding", wte, C=C, out_dtype=dtype):
+    if use_triton("embedding", wte, V=wte.shape[0], C=C, out_dtype=dtype):
         return embedding_fwd(idx, wte, wpe, dtype)
     return (F.embedding(idx, wte) + wpe).to(dtype)
 

@@ -184,7 +184,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") 
     if approximate not in APPROXIMATIONS:
         raise ValueError(f'bias_gelu: approximate is "tanh" or "none", got {approximate!r}')
     if bias is not None and bias.shape != x.shape[-1:]:
-        raise ValueError(f"bias_gelu: x {tuple(x.shape)} wants a bias of ({x.shape[-1]},), got {tuple(bias.shape)}")
+        raise ValueError(f"bias_gelu: x {tuple(x.shape)} needs a bias of ({x.shape[-1]},), got {tuple(bias.shape)}")
     if use_triton("bias_gelu", x, N=x.shape[-1], bias=bias is not None, approximate=approximate):
         return bias_gelu_fwd(x, bias, approximate)
     return F.gelu(x if bias is None else x + bias.to(x.dtype), approximate=approximate)

@@ -60,9 +60,12 @@ def tile_ptrs(x_ptr, stride_x, offs_m, offs_n):
 @triton.jit
 def normalize(x, mask_n, N, eps):
     """xhat, mean and rstd of a tile of rows. x: (BLOCK_M, BLOCK_N) float32, zero where mask_n (BLOCK_N,) is not set."""
-    mean = tl.sum(x, 1) / N  # (BLOCK_M,)
+    total = tl.sum(x, 1)  # (BLOCK_M,), as are mean and rstd
+    mean = total / N
+    # A GPU's division is off by 2 ulp, which counts in rows far from 0; by its remainder it becomes exact.
+    mean += tl.fma(-mean, tl.cast(N, tl.float32), total) / N
     xc = tl.where(mask_n[None, :], x - mean[:, None], 0.0)  # masked lanes would hold -mean
-    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / N + eps)  # (BLOCK_M,)
+    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / N + eps)
     return xc * rstd[:, None], mean, rstd
 
 
@@ -222,7 +225,7 @@ def check_affine(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> N
     """ValueError, in the name of an operator, if weight or bias is not (N,) for x: (..., N)."""
     if weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
         shapes = f"weight {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
-        raise ValueError(f"{name}: x {tuple(x.shape)} wants weight and bias of ({x.shape[-1]},), got {shapes}")
+        raise ValueError(f"{name}: x {tuple(x.shape)} needs weight and bias of ({x.shape[-1]},), got {shapes}")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:

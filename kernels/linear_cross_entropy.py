@@ -83,12 +83,27 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, *, beta: float | None = None) -
     """
     if recording():
         return
+    # PyTorch 2.13's float16 product on a CPU is wrong where an offset into an operand is beyond int32.
+    a, b = (
+        t.contiguous() if sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) >= 2**31 else t
+        for t in (a, b)
+    )
     if beta is None:
         torch.mm(a, b, out=out)
     elif a.is_cuda and a.dtype != torch.float32:
         torch.addmm(out, a, b, beta=beta, out_dtype=torch.float32, out=out)
     else:
         out.addmm_(a.float(), b.float(), beta=beta)
+
+
+def _with_rows(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """weight: (V, C) -> (rows, C) contiguous in dtype, zeros from V on; without a copy where it is that."""
+    if rows == weight.shape[0]:
+        return weight.to(dtype)
+    w = torch.empty((rows, weight.shape[1]), dtype=dtype, device=weight.device)
+    w[: weight.shape[0]].copy_(weight)
+    w[weight.shape[0] :].zero_()
+    return w
 
 
 def _loss_eager(g: Tensor, targets: Tensor, losses: Tensor, ignore_index: int, gradient: bool) -> None:
@@ -110,26 +125,27 @@ def linear_cross_entropy_fwd(
     dx: (M, C) contiguous x.dtype, dw: (V, C) float32. eager: by PyTorch's operators in place of the kernel.
     """
     (M, C), V = x.shape, weight.shape[0]
-    w, targets = weight.to(x.dtype), targets.contiguous()
-    dx = torch.empty((M, C) if need_dx else 0, dtype=x.dtype, device=x.device)
-    dw = (torch.empty if M else torch.zeros)((V, C) if need_dw else 0, dtype=torch.float32, device=x.device)
-    losses = torch.empty(M, dtype=torch.float32, device=x.device)
-    # Rows of the scratch begin at multiples of 128 bytes for the kernel, without gaps for PyTorch, which would copy it.
+    # 50,257 columns are odd, and fast products need rows that are multiples of 16 bytes long: the kernel's have zeros
+    # from V on, in w, g and dw.
     V_ROW = V if eager else triton.cdiv(V, 64) * 64
+    w, targets = _with_rows(weight, V_ROW, x.dtype), targets.contiguous()
+    dx = torch.empty((M, C) if need_dx else 0, dtype=x.dtype, device=x.device)
+    dw = (torch.empty if M else torch.zeros)((V_ROW, C) if need_dw else 0, dtype=torch.float32, device=x.device)
+    losses = torch.empty(M, dtype=torch.float32, device=x.device)
     rows = chunk_rows(M, V_ROW * x.element_size(), x.device)
     scratch = torch.empty((min(rows, M), V_ROW), dtype=x.dtype, device=x.device)
     options = {} if eager else tile("loss", scratch[:, :V])
     for start in range(0, M, rows):
         chunk = slice(start, min(start + rows, M))
         m = chunk.stop - start
-        g = scratch[:m, :V]
+        g = scratch[:m]
         _multiply(x[chunk], w.T, g)
         if eager:
             _loss_eager(g, targets[chunk], losses[chunk], ignore_index, need_dx or need_dw)
         else:
             launch(
                 _loss_kernel, (triton.cdiv(m, options["BLOCK_M"]),),
-                g,                  # (m, V) in rows of V_ROW
+                g,                  # (m, V_ROW)
                 targets[chunk],     # (m,)
                 losses[chunk],      # (m,)
                 V_ROW, m, V, ignore_index,
@@ -139,7 +155,7 @@ def linear_cross_entropy_fwd(
             _multiply(g, w, dx[chunk])
         if need_dw:
             _multiply(g.T, x[chunk], dw, beta=float(start > 0))
-    return losses.sum() / target_count(targets, ignore_index), dx, dw
+    return losses.sum() / target_count(targets, ignore_index), dx, dw[:V]
 
 
 @linear_cross_entropy_fwd.register_fake

@@ -191,8 +191,8 @@ class Decoder:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.cache.length = 1  # recording reads nothing: whatever the length is now, there is room for it
         graph = torch.cuda.CUDAGraph()
-        other_threads = "thread_local"  # they may use CUDA
-        with no_compilation(), torch.cuda.graph(graph, stream=stream, capture_error_mode=other_threads):
+        mine = "thread_local"  # other threads may use CUDA
+        with no_compilation(this_thread=True), torch.cuda.graph(graph, stream=stream, capture_error_mode=mine):
             self._forward()
             self._draw()
         self.graph = graph

@@ -75,13 +75,13 @@ EXHIBITS = (
     _pull("unslothai/unsloth#10675", "LayerNorm reads columns as if they lay side by side, whatever their stride.",
           "layer_norm", (("+ offs_n[None, :] * stride_x[1]", "+ offs_n[None, :]"),), "layouts", 2),
     _pull("unslothai/unsloth#10617",
-          "A norm's backward pass takes the incoming gradient for contiguous; a sliced one is read at wrong columns.",
+          "A norm's backward pass assumes a contiguous incoming gradient; a sliced one is read at the wrong columns.",
           "layer_norm", (("tile_ptrs(dy_ptr, stride_dy,", "tile_ptrs(dy_ptr, (stride_dy[0], 1),"),), "layouts", 2),
     Exhibit("ModelTC/LightLLM#1467", "The first pass over a row knows the column stride, the second one forgets it.",
             "cross_entropy", (("tl.load(scale_ptr), stride_x[1], mask_m", "tl.load(scale_ptr), 1, mask_m"),),
             "layouts", 2),
     _pull("ROCm/TransformerEngine#623",
-          "The gradient that `.sum()` sends has stride 0; the kernel takes it for contiguous and reads beyond it.",
+          "The gradient that `.sum()` sends has stride 0; the kernel assumes it is contiguous and reads past its end.",
           "gelu", (("dy_rows.stride(), rows.stride(), M, N,", "(N, 1), rows.stride(), M, N,"),), "layouts", 2),
     Exhibit("Dao-AILab/flash-attention#355",
             "The backward pass of attention reads the output's gradient as if it were contiguous, like the output.",
@@ -96,7 +96,7 @@ EXHIBITS = (
             raises="view size is not compatible"),
     # --- shapes
     Exhibit("flagos-ai/FlagGems#5392",
-            "LayerNorm's forward pass takes any rank, its backward pass takes the first dimension for the rows.",
+            "LayerNorm's forward pass takes any rank, its backward pass treats the first dimension as the rows.",
             "layer_norm", (("as_rows(x), as_rows(dy)\n    M, N = rows.shape",
                             "as_rows(x), as_rows(dy)\n    M, N = x.shape[0], x.numel() // x.shape[0]"),), "shapes", 6,
             raises=r"got \[60\] but expected shape compatible with \[20\]"),
@@ -155,7 +155,7 @@ EXHIBITS = (
     # --- dropout
     _pull("aws-neuron/nki-samples#81", "The backward pass of attention forgets that dropout acts on dp as well.",
           "_attention", (("            dpT = dpT * zT\n", ""),), "shapes", 0),
-    _pull("pytorch/pytorch#197563", "The backward pass draws its mask from a seed that is not the forward pass's.",
+    _pull("pytorch/pytorch#197563", "The backward pass draws its mask from a different seed than the forward pass.",
           "attention", (("    q, k, v, seed, documents, o, lse = ctx.saved_tensors\n",
                          "    q, k, v, seed, documents, o, lse = ctx.saved_tensors\n"
                          "    seed = None if seed is None else torch.zeros_like(seed)\n"),), "shapes", 0),
@@ -168,9 +168,9 @@ EXHIBITS = (
                                 "    launch(\n        _add_layer_norm_fwd_kernel,"),), "shapes", 2),
     # --- numbers
     Exhibit("xlite-dev/LeetCUDA#309", "eps is added to the number of columns and not to the variance.", "layer_norm",
-            (("/ N + eps)  # (BLOCK_M,)", "/ (N + eps))  # (BLOCK_M,)"),), "shapes", 1),
+            (("xc, 1) / N + eps)", "xc, 1) / (N + eps))"),), "shapes", 1),
     _pull("NVIDIA/cutlass#1112", "eps is a constant of the kernel, and the caller's is ignored.", "layer_norm",
-          (("/ N + eps)  # (BLOCK_M,)", "/ N + 1e-6)  # (BLOCK_M,)"),), "values", 2),
+          (("xc, 1) / N + eps)", "xc, 1) / N + 1e-6)"),), "values", 2),
     Exhibit("pytorch/pytorch#190491", "The variance is E[x^2] - E[x]^2, which cancels.", "layer_norm",
             (("tl.sqrt(tl.sum(xc * xc, 1) / N + eps)", "tl.sqrt(tl.sum(x * x, 1) / N - mean * mean + eps)"),),
             "shapes", 6),
@@ -203,9 +203,9 @@ def page() -> str:
     lines = [
         "# A museum of kernel bugs",
         "",
-        f"{len(EXHIBITS)} bugs that were published in issue trackers of other projects, each made again in a kernel of",
+        f"{len(EXHIBITS)} bugs that were published in issue trackers of other projects, each reproduced in a kernel of",
         "this folder by changing a line or two. `python -m kernels check` finds each, which `tests/test_museum.py`",
-        "shows: the family in the heading turns red. The kernel as it is, the repaired one, is green. The list is the",
+        "shows: the family in the heading fails. The unmodified kernel passes. The list is the",
         "data of `tests/museum.py`; the families are explained in [README.md](README.md#how-a-kernel-is-tested).",
         "",
     ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import causal_attention, causal_attention_qkv, document_bounds, use_backend
+from kernels._compile import launches
 from kernels._launch import record_launches
 from kernels._proof import prove_family
 from kernels._registry import all_specs
@@ -31,10 +32,10 @@ def test_every_family_of_attention_by_descriptors(name, family, device):
 
 def _descriptors(qkv, n_head, arch=90):
     """Of each launch, forward and backward, whether it reads by tensor descriptors."""
-    with record_launches(arch) as launches, use_backend("triton"):
+    with record_launches(arch) as recorded, use_backend("triton"):
         y = causal_attention(qkv.requires_grad_(), n_head)
         torch.autograd.grad(y, qkv, torch.ones_like(y.detach()))
-    return [launch.meta["META"].DESCRIPTORS for launch in launches]
+    return [launch.meta["META"].DESCRIPTORS for launch in recorded]
 
 
 def test_descriptors_are_used_where_the_tensor_allows_it():
@@ -45,6 +46,16 @@ def test_descriptors_are_used_where_the_tensor_allows_it():
     assert _descriptors(half[..., :72], 2) == [False] * 3  # heads of 12, 24 bytes
     assert _descriptors(torch.zeros(half.numel() + 1, dtype=torch.half)[1:].view(half.shape), 2) == [False] * 3
     assert _descriptors(half.mT.contiguous().mT, 2) == _descriptors(half[:, :1].expand(-1, 40, -1), 2) == [False] * 3
+
+
+def test_descriptors_span_less_than_2_gib_on_sm_100():
+    """Because of what Triton's launcher gets wrong there."""
+    takes = importlib.import_module("kernels.attention")._takes_descriptor
+    near, far = (
+        torch.empty_strided((1, 200, 2, 24), (8, step, 24, 1), dtype=torch.half, device="meta")
+        for step in (5_000_000, 6_000_000)
+    )
+    assert [takes(near, 90), takes(far, 90), takes(near, 100), takes(far, 100)] == [True, True, True, False]
 
 
 def test_both_ways_of_reading_give_the_same_bits(device):
@@ -71,9 +82,9 @@ def test_three_tensors_give_the_bits_of_one(device):
         (dqkv,) = torch.autograd.grad(y, qkv, dy)
         for layout in (lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)):
             q, k, v = (layout(t).detach().requires_grad_() for t in qkv.unbind(2))
-            with record_launches() as launches:
+            with record_launches() as recorded:
                 causal_attention_qkv(q, k, v)
-            assert all(launch.meta["META"].DESCRIPTORS for launch in launches)
+            assert all(launch.meta["META"].DESCRIPTORS for launch in recorded)
             o = causal_attention_qkv(q, k, v, dropout_p=0.3, seed=5)
             gradients = torch.autograd.grad(o, (q, k, v), dy)
             assert o.equal(y) and torch.stack(gradients, 2).equal(dqkv)
@@ -100,16 +111,36 @@ def test_document_bounds(device):
     qkv = torch.randn(2, 5, 24, device=device)
     for backend in ("triton", "eager"):
         with use_backend(backend):
-            assert causal_attention(qkv, 2, documents=bounds).equal(causal_attention(qkv, 2, documents=documents))
+            y = causal_attention(qkv, 2, documents=documents)
+            for same in (bounds, bounds.long(), bounds.mT.contiguous().mT):
+                assert causal_attention(qkv, 2, documents=same).equal(y)
+            one = bounds[:1].expand(2, 2, 5)
+            assert causal_attention(qkv, 2, documents=one).equal(causal_attention(qkv, 2, documents=one.clone()))
+
+
+@pytest.mark.parametrize("name", ["causal_attention", "causal_attention_qkv"])
+def test_kernels_for_documents_are_compiled_before_their_first_use(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        importlib.import_module("kernels.attention"), "use_triton", lambda *_, **widths: asked.append(widths)
+    )
+    spec = SPECS[name]
+    for documents in (0, 3):
+        case = {"B": 1, "H": 2, "T": 5, "D": 8, "documents": documents}
+        spec.fn(**spec.inputs(case, torch.float32, torch.device("cpu")))
+    monkeypatch.undo()
+    for widths, wanted in zip(asked, (False, True), strict=True):
+        recorded = launches(spec, [{**spec.bench_cases[0], **widths}], torch.float16, 90)
+        assert [launch.meta["META"].DOCUMENTS for launch in recorded] == [wanted] * len(recorded) != []
 
 
 def test_attention_follows_pytorchs_float32_setting_by_either_name():
     """Once it was made by the newer name, torch.get_float32_matmul_precision() raises."""
 
     def precision() -> str:
-        with record_launches(90) as launches, use_backend("triton"):
+        with record_launches(90) as recorded, use_backend("triton"):
             causal_attention(torch.zeros(1, 4, 48), 1)
-        return launches[0].meta["META"].PRECISION
+        return recorded[0].meta["META"].PRECISION
 
     assert precision() == "ieee"
     try:

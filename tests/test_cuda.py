@@ -1,10 +1,12 @@
-"""train.py and generation on a GPU: a CUDA graph and a stop in the middle change no bit, whatever the options."""
+"""On a GPU: a CUDA graph and a stop in the middle change no bit of train.py and generation; the tuner measures."""
 
 from __future__ import annotations
 
 import cuda_runs
 import pytest
 import torch
+
+from kernels import _tables, _tune
 
 pytestmark = pytest.mark.gpu
 
@@ -46,3 +48,19 @@ def test_steps_on_nccl_are_those_of_one_process(kind):
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
 def test_graph_writes_the_same_text(backend, sampling):
     cuda_runs.generate(backend, **sampling)
+
+
+def test_tuner_measures(tmp_path, monkeypatch):
+    """The default and two other candidates of one kernel, one of which may win."""
+    monkeypatch.setenv("KERNELS_TABLES", str(tmp_path))
+    monkeypatch.setattr(_tables, "_loaded", {})
+    monkeypatch.setattr(_tables, "_chosen", {})
+    machine = _tune.Machine(torch.device("cuda", 0))
+    target = _tune.survey(["layer_norm"], [torch.bfloat16], machine.gpu.arch, machine.gpu.sms, quick=True)[0]
+    target.candidates, said = target.candidates[:3], []
+    result = _tune.tune(machine, [target], tmp_path / "table.json", quick=True, say=said.append)
+    assert result.measured == 1 and not result.problem, said
+    (entry,) = _tables.read(tmp_path / "table.json", machine.gpu).entries.values()
+    default, *others = entry["candidates"]
+    assert default["options"] == entry["default"] and all(second > 0 for second in default["seconds"][0])
+    assert all(other["refused"] or len(other["seconds"][0]) == len(default["seconds"][0]) for other in others)

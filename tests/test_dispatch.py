@@ -1,13 +1,15 @@
 """The decision between Triton and eager, on a GPU that is only claimed: every reason, said once, and no cost twice."""
 
+import concurrent.futures
+import threading
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kernels import _backend, _dispatch, check_backend, use_backend
-from kernels._launch import record_launches
+from kernels import _backend, _dispatch, check_backend, layer_norm, use_backend
+from kernels._launch import record_launches, recording
 
 X = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
 H100 = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=232448)
@@ -130,6 +132,43 @@ def test_unknown_operator_or_backend_is_refused(operators, words):
     with pytest.raises(ValueError, match=words), use_backend("auto", **operators):
         pass
     assert _backend.per_operator == {}
+
+
+@pytest.mark.interpreted
+def test_another_thread_launches_while_this_one_records():
+    """As the replicas of nn.DataParallel do, each of which compiles its kernels before their first use."""
+    x, weight = torch.randn(3, 8), torch.randn(8)
+
+    def run():
+        with use_backend("triton"):
+            return layer_norm(x, weight)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as other, record_launches(90) as recorded:
+        y = other.submit(run).result()
+        assert not recorded and not other.submit(recording).result() and recording()
+        run()
+        assert len(recorded) == 1
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (8,), weight))
+
+
+@pytest.mark.interpreted
+def test_threads_that_record_leave_triton_as_it_was():
+    from triton.runtime.interpreter import InterpretedFunction
+
+    before, inside, done = InterpretedFunction.run, threading.Event(), threading.Event()
+
+    def second():
+        with record_launches(90):
+            inside.set()
+            done.wait(60)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        with record_launches(90):
+            future = other.submit(second)
+            inside.wait(0.2)  # it must not get there before this block ends
+        done.set()
+        future.result()
+    assert InterpretedFunction.run is before and not recording()
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def files(tmp_path, monkeypatch):
 class Machine:
     """A GPU that takes `seconds(options, round)` for a call, and a compiler that says `static(options)`."""
 
-    device, gpu = torch.device("cpu"), GPU
+    device, gpu, cache_bytes = torch.device("cpu"), GPU, 0
 
     def __init__(self, seconds, static=lambda options: ("", None)):
         self.seconds, self.static, self.now, self.timed = seconds, static, 0.0, []

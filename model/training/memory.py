@@ -232,6 +232,11 @@ class _Step:
         """Elements: three stacks of queries, keys and values, the most of one shape, and two of their squares."""
         return 15 * self.L * self.C * self.C
 
+    def _head(self) -> int:
+        """The table in the activations' dtype, as kernels/linear_cross_entropy.py multiplies by it, if it is a copy."""
+        rows = self.V if self.eager else self.V + -self.V % 64
+        return rows * self.C * self.size if self.copy or rows != self.V else 0
+
     def _loss(self) -> tuple[int, int, int]:
         """What the loss saves, what its passes need beyond the activations, and gradients of the table at the end."""
         M, V, C = self.M, self.V, self.C
@@ -239,7 +244,7 @@ class _Step:
             head = (V + -V % 128) * C * self.size
             return self.ids + self.row + 4 * M * V + head, 8 * M * V, 1
         inputs = 2 if self.model.recompute else 1
-        forward = self._scratch() + inputs * self.row + V * C * self.copy
+        forward = self._scratch() + inputs * self.row + self._head()
         return self.ids + self.row + self.table, max(forward, self.row + self.table), 1 if self.eager else 2
 
     def _attention(self) -> tuple[int, int]:
@@ -296,7 +301,7 @@ class _Step:
         M, V, C, size = self.M, self.V, self.C, self.size
         table = V * C * self.copy
         if self.fused_loss:
-            loss = self._scratch() + table
+            loss = self._scratch() + self._head()
         else:
             width = V + -V % 128  # of the logits, and rows of the table that makes them
             loss = M * width * size + max(table + width * C * size, M * V * (8 if self.copy else 4))
@@ -398,7 +403,7 @@ class _LoraStep(_Step):
         if not self.fused_loss:
             return self.ids + 4 * M * V + (V + -V % 128) * C * self.size, 8 * M * V, 0
         inputs = 2 if self.model.recompute else 1
-        forward = self._scratch() + inputs * self.row + V * C * self.copy
+        forward = self._scratch() + inputs * self.row + self._head()
         return self.ids + self.row, max(forward, 8 * M * C if self.eager and self.copy else self.row), 0
 
     def block_moments(self) -> list[int]:
@@ -488,7 +493,7 @@ def check_memory(cfg: TrainConfig, model: MemoryModel, limit: int, batch: int, s
         gib = 2**30
         raise UserError(
             f"a step needs about {needed.peak / gib:,.1f} GiB of memory, and the {'GPU' if model.card else 'machine'} "
-            f"has {limit / gib:,.1f} GiB\n{model.advice(batch, sequences, limit)} (--force starts all the same)"
+            f"has {limit / gib:,.1f} GiB\n{model.advice(batch, sequences, limit)} (--force starts anyway)"
         )
     return needed
 
