@@ -29,7 +29,7 @@ class Show:
 
     files: tyro.conf.Positional[tuple[Path, ...]]  # Reports, or folders that hold some.
     out: Path | None = None  # Folder for report.md and report.html.
-    readme: Path | None = None  # Markdown file whose tables between <!-- bench ... --> markers are written anew.
+    readme: Path | None = None  # Markdown file whose tables between <!-- bench ... --> markers are rewritten.
     format: Literal["markdown", "github-action-benchmark"] = "markdown"  # Of standard output; the latter is JSON.
 
     def main(self) -> None:

@@ -72,7 +72,7 @@ class Measurement(ABC):
 class Timed(Measurement):
     """A measurement of time."""
 
-    provider: tuple[str, ...] = ()  # Who is timed, "eager" for instance; all that run here by default.
+    provider: tuple[str, ...] = ()  # Providers to time, such as "eager"; by default, all that run here.
     seconds: float = 5.0  # Time spent on each provider of a group, or 50 rounds of it.
 
 

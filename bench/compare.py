@@ -157,7 +157,7 @@ def compare(
     if len(devices) > 1 and not across_devices:
         raise UserError(
             f"the reports are of different devices: {'; '.join(devices)}\n"
-            f"that compares machines, not versions: say --across-devices if it is what you want"
+            f"that compares machines, not versions: give --across-devices if you want that"
         )
     rows_a, rows_b = _timed(a), _timed(b)
     errors = [row for report in b for row in report.rows if row.error]

@@ -73,7 +73,7 @@ class Generate(command.Timed):
     prompt: int = 512  # Tokens of the prompt.
     tokens: int = 64  # Tokens to generate.
     ragged: bool = False  # Prompts of different lengths, a quarter up to all of --prompt.
-    weights: tuple[Weights, ...] = ()  # Also ours with its weights in these forms; int8 turns AMX off on a CPU.
+    weights: tuple[Weights, ...] = ()  # Also time our model with weights in these formats; int8 turns AMX off on a CPU.
     dtype: command.Dtype | None = None  # Precision; bfloat16 on a GPU and float32 on a CPU by default.
 
     def check(self) -> None:
@@ -83,7 +83,7 @@ class Generate(command.Timed):
         limit, both = PRESETS[self.preset].n_positions, self.prompt + self.tokens
         if both > limit:
             has = f"the preset {self.preset} has {limit} positions"
-            raise UserError(f"--prompt and --tokens are {both} together, and {has}: ask for less")
+            raise UserError(f"--prompt and --tokens are {both} together, and {has}: reduce one of them")
 
     def total(self, device: torch.device) -> int:
         return 2 * len(self.batch)

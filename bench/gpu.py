@@ -48,7 +48,7 @@ NO_ROOFS = roofline.Roofs({1: 0.0}, {})  # where they could not be measured: no 
 class Gpu:
     """Proof and measurements on this machine's GPU inside a budget, in one folder: what `make gpu` runs."""
 
-    minutes: float = 8.0  # The budget; what it has no time for is named, the least important first.
+    minutes: float = 8.0  # The budget; what does not fit is skipped, least important first, and listed.
     out: Path | None = (
         None  # Folder for report.{json,md,html}, check.json and tuned.json; runs/gpu-<date>-<time> by default.
     )
@@ -225,8 +225,8 @@ def plan(result: _check.CheckResult, roofs: roofline.Roofs) -> list[Job]:
         return job(f"generation gpt2, batch {batch}", 30, functools.partial(texts.groups, device, report))
 
     names = list(all_specs())
-    core = ("eager", "compile", "triton", "triton+graph", "trainer", "hf")
-    compiled = ("compile", *peers.STEP_PEERS, "triton+graph", "trainer")
+    core = ("eager", "compile", "compile+graph", "triton", "triton+graph", "trainer", "hf")
+    compiled = ("compile", "compile+graph", *peers.STEP_PEERS, "triton+graph", "trainer")
     everyone = tuple(name for name in PROVIDERS if name not in ("nanogpt", *peers.STEP_PEERS))
     return [
         train(64, 90, core),

@@ -98,7 +98,7 @@ class Kernels(command.Timed):
         before = judges("kernels", "bench")
         yield from self.run(device, report, roofs, part=slice(1 if self.quick else None))
         if self.file and (name := replaced(before)):
-            raise UserError(f"{self.file} replaces {name}, on which its time relies: no time above is to be believed")
+            raise UserError(f"{self.file} replaces {name}, on which its timing relies: do not trust the times above")
 
     def _specs(self) -> list[KernelSpec]:
         if self.file:

@@ -18,7 +18,7 @@ from model.config import ACTIVATIONS, GPTConfig
 from model.gpt import GPT
 
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers keeps these as (in, out)
-_ON_GPU = ("+", "triton", "hf+liger", "hf_static")  # providers whose names begin so run on a GPU alone
+_ON_GPU = ("+", "triton", "compile+graph", "hf+liger", "hf_static")  # providers whose names begin so run on a GPU alone
 
 
 def available(

@@ -93,7 +93,7 @@ class Quality(command.Measurement):
     minutes: float = 0.0  # Minutes of training; with --until-loss, at most so many.
     seeds: int = 3  # Number of runs, with the seeds 1, 2, ...
     nanogpt: Path | None = None  # Folder of a nanoGPT checkout, to be trained in turn with an equal configuration.
-    runs: Path | None = None  # Folder to keep the runs in; ours that are in it resume. A temporary one by default.
+    runs: Path | None = None  # Folder for the runs; unfinished runs of ours in it resume. Temporary by default.
     options: tyro.conf.Positional[tuple[str, ...]] = ()  # Options of train.py, after `--`.
 
     def check(self) -> None:

@@ -39,7 +39,7 @@ class Static:
     op: tuple[str, ...] = ()  # Kernels to compile; all of them by default.
     dtype: tuple[command.Dtype, ...] = ("bfloat16", "float16", "float32")  # Precisions to compile.
     bench_only: bool = False  # Only the shapes of the benchmarks, not those of the tests.
-    ceilings: Literal["a100", "h100", "b200"] | None = None  # GPU whose ceilings of the inner loops are printed.
+    ceilings: Literal["a100", "h100", "b200"] | None = None  # GPU for which to print the inner loops' speed limits.
     out: Path | None = None  # JSON file to write; none by default.
 
     def main(self) -> None:

@@ -25,7 +25,7 @@ PARTS = ("parameters", "gradients", "optimizer", "activations", "workspace", "wo
 BUILDS_ON = {
     "eager": "plain", "compile": "eager", "+attention": "eager", "+layer_norm": "+attention", "+gelu": "+layer_norm",
     "triton": "+gelu", "triton+graph": "triton", "trainer": "triton+graph",
-    **dict.fromkeys(STEP_PEERS, "compile"),
+    **dict.fromkeys(("compile+graph", *STEP_PEERS), "compile"),
 }  # fmt: skip
 _ORDER = (
     "triton", "untuned", "triton+graph", *LADDER, "sdpa", "sdpa_full", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient",

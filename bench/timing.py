@@ -129,6 +129,8 @@ def _ask(call: Call | None, what: str) -> None:
     method = getattr(call, what, None)
     if method is not None:
         method()
+        if torch.cuda.is_initialized():  # nothing of it is left to hide the launches of what is timed next
+            torch.cuda.synchronize()
 
 
 def control(device: torch.device) -> Call:

@@ -5,7 +5,8 @@ All start from the same weights, take the same batch of random tokens, run witho
     plain          PyTorch's operators, attention as a textbook writes it (SDPA's math backend)
     eager          PyTorch's operators, attention by the SDPA backend that it picks; on a CPU the loss in chunks
     compile        torch.compile of eager, forward and backward
-    compile+...    the same with the attention or the loss of a peer, of those in bench/peers.py; auto_chunker: with
+    compile+graph  the same, the optimizer included, as one CUDA graph
+    compile+...    compile with the attention or the loss of a peer, of those in bench/peers.py; auto_chunker: with
                    Inductor's, over the whole step
     +attention     eager with our attention
     +layer_norm    and our LayerNorms
@@ -22,9 +23,10 @@ All start from the same weights, take the same batch of random tokens, run witho
 Weights are float32 for all, and no loss is scaled. In 16 bits ours keeps all activations in that dtype; the last four
 run under torch.autocast, as their users run them, which keeps residual stream and LayerNorm in float32.
 
-Each provider is proven by three losses before it is timed: the first, and its fall after two updates, must be those of
-the first provider of the group. The third of triton+graph comes from the graph. For compile+... they are what eager
-computes from its weights: some peers return a loss rounded to 16 bits, and training takes no more than its gradient.
+Each provider is proven before it is timed: its first loss, the fall of the loss after two updates and the norm of the
+gradient after the third must be those of the first provider of the group. The third loss of a graph is its first
+replay's. With a peer's operator the losses are what eager computes from the weights: some peers return a loss rounded
+to 16 bits, and training takes no more than its gradient.
 """
 
 from __future__ import annotations
@@ -57,10 +59,10 @@ from model.training.optim import adamw, build
 from model.training.parallel import World
 from model.training.step import Guard, Step
 
-PROVIDERS = (*LADDER, *peers.STEP_PEERS, "hf", "hf+patch", "hf+liger", "nanogpt")
+PROVIDERS = (*LADDER, "compile+graph", *peers.STEP_PEERS, "hf", "hf+patch", "hf+liger", "nanogpt")
 _NORMS = ("causal_attention", "layer_norm", "add_layer_norm")
 _OURS = {"+attention": _NORMS[:1], "+layer_norm": _NORMS, "+gelu": (*_NORMS, "bias_gelu")}  # which run on Triton
-# Relative, for the first loss and for its fall. Rounding alone differs by 2e-5 and 2e-3 in 16 bits.
+# Relative: of the first loss; of its fall and the gradient's norm. Rounding alone makes 2e-5 and 2e-3 in 16 bits.
 _TOLERANCE = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-3, 2e-2), torch.float16: (1e-3, 2e-2)}
 
 
@@ -87,6 +89,7 @@ class _Task:
 @dataclass
 class _Proof:
     losses: dict[str, list[float]] = field(default_factory=dict)  # of three steps, by provider
+    norms: dict[str, float] = field(default_factory=dict)  # of the gradient after them
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -124,7 +127,7 @@ class Train(command.Timed):
         try:
             config = replace(original, **changed, embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0)
         except ValueError as error:
-            raise UserError(f"{self.preset} cannot be changed so: {error}") from None
+            raise UserError(f"{self.preset} cannot take these options: {error}") from None
         providers = self.provider or PROVIDERS
         names = peer_models.available(providers, device, config, report.missing, self.nanogpt)
         context, dtype = self.context or config.n_positions, command.dtype_of(self.dtype, device)
@@ -178,7 +181,7 @@ def _fit_together(task: _Task, providers: int) -> bool:
 
 
 def _prepare(provider: str, task: _Task, proof: _Proof) -> Call:
-    """A provider's step, ready to be timed: its losses are those of the others and its memory is known."""
+    """A provider's step, ready to be timed: it computes what the others compute, and its memory is known."""
     free_bytes(task.device)  # frees what the previous provider held, a failed one too
     module, loss = _model(provider, task)
     if provider == "trainer":
@@ -191,15 +194,15 @@ def _prepare(provider: str, task: _Task, proof: _Proof) -> Call:
         with _backend(provider, task.device):
             return plain_step()
 
-    three_steps = {"triton+graph": _three_steps_in_a_graph}.get(provider, _three_steps)
+    three_steps = _three_steps_in_a_graph if provider.endswith("+graph") else _three_steps
     if provider in peers.STEP_PEERS:
         three_steps = functools.partial(_three_steps_by_eager, loss=functools.partial(_eager_loss, module, task))
     losses, call, highest = three_steps(step, task.device)
-    if provider == "trainer":  # the fourth step is captured, where there is a graph
-        highest = max(highest, peak(step, task.device))
-    _check(provider, [value.item() for value in losses], task.dtype, proof)
     with _backend(provider, task.device):
-        parts = _parts(module, loss)
+        parts, norm = _parts(module, loss)
+    _check(provider, [value.item() for value in losses], norm, task.dtype, proof)
+    if provider == "trainer":  # its fourth step is captured, where there is a graph
+        highest = max(highest, peak(step, task.device))
     parts["optimizer"] = _bytes(t for state in optimizer.state.values() for t in state.values())
     kept = parts["parameters"] + parts["optimizer"]
     parts["peak"] = kept + _bytes(task.tokens()) + highest
@@ -336,20 +339,24 @@ def _three_steps_by_eager(
     return losses, step, peak(step, device)
 
 
-def _check(provider: str, losses: list[float], dtype: torch.dtype, proof: _Proof) -> None:
-    """Raise Refused unless the losses are those of the first provider that got here."""
+def _check(provider: str, losses: list[float], norm: float, dtype: torch.dtype, proof: _Proof) -> None:
+    """Raise Refused unless the losses and the gradient's norm are those of the first provider that got here."""
     reference, (first, _, third) = next(iter(proof.losses.items()), (provider, losses))
-    value, fall = _TOLERANCE[dtype]
+    reference_norm = proof.norms.get(reference, norm)
+    value, change = _TOLERANCE[dtype]
     same = abs(losses[0] - first) <= value * abs(first)
-    same_fall = abs((losses[0] - losses[2]) - (first - third)) <= fall * abs(first - third)
+    same_fall = abs((losses[0] - losses[2]) - (first - third)) <= change * abs(first - third)
     if not (same and same_fall):  # NaN is never the same
         expected = f"{reference} has {first:.5f} and {third:.5f}"
         raise Refused(f"computes another loss: {losses[0]:.5f}, after two steps {losses[2]:.5f}; {expected}")
-    proof.losses[provider] = losses
+    # AdamW and the clipping before it divide by the gradient's scale, so the losses cannot show it.
+    if not abs(norm - reference_norm) <= change * reference_norm:
+        raise Refused(f"computes another gradient, of norm {norm:.5f}; {reference} has {reference_norm:.5f}")
+    proof.losses[provider], proof.norms[provider] = losses, norm
 
 
-def _parts(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, int]:
-    """Bytes of the parameters, of what autograd keeps for the backward pass, and of the gradients."""
+def _parts(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[dict[str, int], float]:
+    """Bytes of the parameters, of what autograd keeps for the backward pass, and of the gradients; and their norm."""
     state = (*module.parameters(), *module.buffers())
     own = {t.untyped_storage().data_ptr() for t in state}
     kept: dict[int, int] = {}
@@ -363,9 +370,10 @@ def _parts(module: nn.Module, loss: Callable[[], Tensor]) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         value = loss()
     value.backward()
-    gradients = _bytes(p.grad for p in module.parameters() if p.grad is not None)
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).item()
     module.zero_grad(set_to_none=True)
-    return {"parameters": _bytes(state), "gradients": gradients, "activations": sum(kept.values())}
+    return {"parameters": _bytes(state), "gradients": _bytes(gradients), "activations": sum(kept.values())}, norm
 
 
 def _bytes(tensors: Any) -> int:

@@ -143,7 +143,7 @@ def _pickled(path: Path) -> Iterator[tuple[str, StoredTensor]]:
             raise ValueError("no tensors by name")
         for name, t in state.items():
             if not isinstance(t, Tensor) or t.layout != torch.strided or t.device.type != "cpu":
-                raise ValueError(f"{quote(name)} is no tensor of numbers")
+                raise ValueError(f"{quote(name)} is not a tensor of numbers")
             if t.numel() * t.itemsize > t.untyped_storage().nbytes():
                 raise ValueError(f"{quote(name)} has fewer numbers than its shape says")
     except Exception as error:  # a hostile pickle can raise anything

@@ -366,7 +366,7 @@ def _read_prompts(cfg: GenerateConfig) -> list[str]:
         "--interactive": cfg.interactive,
     }
     if sum(given.values()) > 1:
-        raise UserError(f"{' and '.join(name for name in given if given[name])} exclude each other: give one of them")
+        raise UserError(f"{' and '.join(name for name in given if given[name])} cannot be combined: give one of them")
     if cfg.interactive and cfg.samples > 1:
         raise UserError("--interactive writes one text for each prompt: omit --samples")
     if cfg.interactive and len(cfg.adapter) > 1:

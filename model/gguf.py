@@ -151,7 +151,7 @@ def main(cfg: GGUFConfig) -> None:
     if cfg.file.exists():
         raise UserError(f"{cfg.file} exists: choose another name, or remove it")
     if not cfg.file.parent.is_dir():
-        raise UserError(f"{cfg.file.parent} is no folder: make it first, or choose another place")
+        raise UserError(f"{cfg.file.parent} is not a folder: create it first, or choose another path")
     model, tokenizer = load_model(cfg.run, name=cfg.checkpoint)
     write(model, tokenizer, cfg.file, cfg.type, cfg.run.resolve().name)
     N = model.config.n_positions

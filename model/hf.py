@@ -182,7 +182,7 @@ def _config(folder: Path, settings: Mapping[str, Any]) -> GPTConfig:
     fixed = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for name, value in fixed.items():
         if settings.get(name, value) is not value:
-            raise UserError(f"{path}: {name} is {foreign.quote(settings[name])}, which this GPT-2 has not")
+            raise UserError(f"{path}: {name} is {foreign.quote(settings[name])}, which this GPT-2 does not support")
     values = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1, **settings}
     if values.get("activation_function") == "gelu_pytorch_tanh":
         values["activation_function"] = "gelu_new"  # the same function
@@ -263,7 +263,7 @@ def _check_shapes(folder: Path, config: GPTConfig, stored: Mapping[str, foreign.
         expected[name] = tuple(reversed(shape)) if name.endswith(_CONV1D) else tuple(shape)
     _compare(folder, expected, stored)
     if other := next((name for name in stored if name not in expected and name != _HEAD), None):
-        raise UserError(f"{folder} has a tensor {foreign.quote(other)}, which a GPT-2 language model has not")
+        raise UserError(f"{folder} has a tensor {foreign.quote(other)}, which a GPT-2 language model does not have")
     if _HEAD in stored:
         _compare(folder, {_HEAD: embeddings[_EMBEDDING]}, stored)
 
@@ -274,7 +274,7 @@ def _compare(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapp
             raise UserError(f"{folder}: the weights lack {name}: is the folder complete?")
         path, found, dtype = stored[name].path, stored[name].shape, stored[name].dtype
         if found != shape:
-            raise UserError(f"{path}: {name} is {foreign.quote(found)}, and by {CONFIG} it should be {shape}")
+            raise UserError(f"{path}: {name} is {foreign.quote(found)}, and {CONFIG} says {shape}")
         if dtype not in foreign.DTYPES.values():
             raise UserError(f"{path}: {name} is {foreign.quote(dtype)}: convert it to float32 or 16 bits")
 
@@ -306,7 +306,7 @@ def _load_tokenizer(folder: Path, settings: Mapping[str, Any], n_rows: int) -> t
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = foreign.clean(error) if type(error) is ValueError else "it is damaged"
         kinds = "of byte pairs as GPT-2's, or of characters as exported here"
-        raise UserError(f"{folder / name} is no tokenizer {kinds}: {reason}") from None
+        raise UserError(f"{folder / name} is not a tokenizer {kinds}: {reason}") from None
     return tokenizer, rows
 
 

@@ -146,7 +146,7 @@ class Adapter:
         alpha = config.get("lora_alpha", 8)
         if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
             raise UserError(
-                f"{name} has lora_alpha {str(alpha)[:40]!r}, which is no number: restore it, or make it again"
+                f"{name} has lora_alpha {str(alpha)[:40]!r}, which is not a number: restore it, or make it again"
             )
         pairs = {}
         for key in [key for key in tensors if key.endswith(".lora_A.weight")]:

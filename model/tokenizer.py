@@ -241,7 +241,7 @@ def trained_size(name: str) -> int | None:
         return None
     if not re.fullmatch("[1-9][0-9]{0,8}", size) or not MIN_VOCAB <= int(size) <= MAX_VOCAB:
         sizes = f"a number from {MIN_VOCAB} (the bytes, one pair, end of text) to {MAX_VOCAB:,}"
-        raise UserError(f"{name!r} is no size of a byte-pair vocabulary: after bpe: give {sizes}, such as bpe:2048")
+        raise UserError(f"{name!r} is not a byte-pair vocabulary size: after bpe: give {sizes}, such as bpe:2048")
     return int(size)
 
 

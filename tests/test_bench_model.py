@@ -52,7 +52,8 @@ def _train(providers, missing=None, *, batch=(2,), device=CPU, **options):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def test_training_step_has_time_and_memory():
+def test_training_step_has_time_and_memory(monkeypatch):
+    monkeypatch.setitem(PRESETS, "nano", GPTConfig(**SMALL | {"n_embd": 32}))  # a step changes the gradient's norm
     missing = {}
     (rows,) = _train(["eager", "hf", "hf+patch", "triton", "triton+graph", "trainer", "hf+liger", "nanogpt"], missing)
     assert set(rows) == {"eager", "hf", "hf+patch", "trainer", CONTROL} and not any(row.error for row in rows.values())
@@ -66,7 +67,7 @@ def test_training_step_has_time_and_memory():
     assert sizes["gradients"] == sizes["parameters"] == pytest.approx(sizes["optimizer"] / 2, rel=0.01)
     assert sizes["peak"] == sum(sizes[part] for part in ("parameters", "optimizer", "activations", "workspace"))
     assert sizes["peak"] == pytest.approx(sizes["predicted"], rel=0.1)
-    predicted = MemoryModel(GPTConfig(**SMALL), 16, torch.float32, "eager", card=0).predict(2)
+    predicted = MemoryModel(PRESETS["nano"], 16, torch.float32, "eager", card=0).predict(2)
     assert sizes["activations"] == pytest.approx(predicted.activations / 2**20, rel=0.02)
     json.dumps(eager.metrics)
 
@@ -138,9 +139,10 @@ def test_compiled_step_takes_the_operator_of_a_peer(provider, no_profiler, monke
     chunked = provider == "compile+auto_chunker"
     assert [bool(options["options"]) for options in compiled] == [False, chunked]
     assert all(options["isolate_recompiles"] for options in compiled)
-    factor[0] = -1.0  # a scale would be lost in AdamW
-    with pytest.raises(Refused, match="computes another loss"):
-        train_step._prepare(provider, task, proof)
+    of_scale = "loss" if peer.op == "causal_attention" else "gradient"  # AdamW loses a scale common to all gradients
+    for factor[0], what in ((-1.0, "loss"), (2.0, of_scale)):
+        with pytest.raises(Refused, match=f"computes another {what}"):
+            train_step._prepare(provider, task, proof)
 
 
 @pytest.mark.slow
@@ -152,29 +154,35 @@ def test_compiled_steps_beside_each_other(provider, dtype, no_profiler):
     assert {"eager", "compile", provider} < rows.keys() and not any(row.error for row in rows.values())
 
 
-@pytest.mark.parametrize("wrong", ["value", "gradient"])
+@pytest.mark.parametrize("wrong", ["value", "sign", "scale"])
 def test_wrong_loss_is_not_timed(wrong, no_profiler, monkeypatch):
     right = peer_models.transformers_loss
 
     def loss(theirs, idx, targets):
         y = right(theirs, idx, targets)
-        return 1.001 * y if wrong == "value" else 2 * y.detach() - y
+        factor = {"value": 1.0, "sign": -1.0, "scale": 1.01}[wrong]
+        return 1.001 * y if wrong == "value" else factor * y + (1 - factor) * y.detach()
 
     monkeypatch.setattr(peer_models, "transformers_loss", loss)
     (rows,) = _train(["eager", "hf"])
-    assert rows["hf"].error.startswith("computes another loss: 4.") and "eager has 4." in rows["hf"].error
+    what = "gradient, of norm" if wrong == "scale" else "loss: 4."
+    assert rows["hf"].error.startswith(f"computes another {what}") and "eager has" in rows["hf"].error
     assert rows["hf"].seconds == () and rows["eager"].seconds
 
 
 def test_loss_check_accepts_rounding_only():
     proof = train_step._Proof()
     check = functools.partial(train_step._check, "b", proof=proof)
-    train_step._check("a", [10.0, 9.5, 9.0], torch.float32, proof)
-    check([10.00009, 9.0, 9.0005], torch.float32)
-    check([10.009, 9.0, 9.0], torch.bfloat16)
+    right = [10.0, 9.5, 9.0]
+    train_step._check("a", right, 2.0, torch.float32, proof)
+    check([10.00009, 9.0, 9.0005], 2.0019, torch.float32)
+    check([10.009, 9.0, 9.0], 2.03, torch.bfloat16)
     for losses in ([10.00011, 9.0, 9.0], [10.0, 9.0, 9.0011], [float("nan")] * 3):
         with pytest.raises(Refused, match="computes another loss"):
-            check(losses, torch.float32)
+            check(losses, 2.0, torch.float32)
+    for norm in (2.0021, 1.9979, float("nan")):
+        with pytest.raises(Refused, match="computes another gradient, of norm"):
+            check(right, norm, torch.float32)
 
 
 def test_failure_is_a_row(no_profiler, monkeypatch):

@@ -269,8 +269,8 @@ def test_command_writes_the_best_checkpoint(call, tmp_path):
     [
         (["mine", "old.gguf"], {}, "old.gguf exists: choose another name, or remove it"),
         (["mine", "mine"], {}, "mine exists: choose another name, or remove it"),
-        (["mine", "none/m.gguf"], {}, "none is no folder: make it first, or choose another place"),
-        (["mine", "old.gguf/m.gguf"], {}, "old.gguf is no folder: make it first, or choose another place"),
+        (["mine", "none/m.gguf"], {}, "none is not a folder: create it first, or choose another path"),
+        (["mine", "old.gguf/m.gguf"], {}, "old.gguf is not a folder: create it first, or choose another path"),
         (["mine", "m" * 300], {}, f"{'m' * 300}: File name too long"),
         (["none", "m.gguf"], {}, "none has no checkpoint: is it the folder of a run, and did the run reach its first"),
         (["old.gguf", "m.gguf"], {}, "old.gguf has no checkpoint: is it the folder of a run"),

@@ -267,7 +267,7 @@ def test_retained_graph_gives_the_same_gradients(fn, device):
     [
         (lambda x, t: cross_entropy(x[0], t), r"must be \(M, V\).*got \(4,\)"),
         (lambda x, t: cross_entropy(x[:, :0], t), r"V >= 1, got \(3, 0\)"),
-        (lambda x, t: cross_entropy(x, t[:2]), r"cross_entropy: 3 rows want targets of \(3,\).*got \(2,\)"),
+        (lambda x, t: cross_entropy(x, t[:2]), r"cross_entropy: 3 rows need targets of \(3,\).*got \(2,\)"),
         (lambda x, t: cross_entropy(x, t.int()), "torch.int64, got .* torch.int32"),
         (lambda x, t: linear_cross_entropy(x, x[:, :3], t), r"got \(3, 4\) and \(3, 3\)"),
         (lambda x, t: linear_cross_entropy(x, x[:0], t), "V >= 1"),

@@ -22,7 +22,7 @@ for path in sorted((ROOT / "tests" / "wrong_solutions").glob("*.py")):
 NAMES = [path.name for path in regenerate.NOTEBOOKS]
 NOTEBOOKS = {path.name: nbformat.read(path, as_version=4) for path in regenerate.NOTEBOOKS}
 MAX_KB = 900
-OPENING = ("**You will be able to**", "**Time**", "**Know before**")
+OPENING = ("**You will be able to**", "**Time**", "**Prerequisites**")
 NUMBER = re.compile(r"(?<![\w.,/-])\d[\d,]*\.?\d*(?![\w/-])")
 
 

@@ -294,7 +294,7 @@ def test_clock_that_was_replaced_is_named(file, monkeypatch):
 
     monkeypatch.setattr(roofline, "measure", lambda *args: ROOFS)
     monkeypatch.setattr(bench_kernels.Kernels, "run", run)
-    with pytest.raises(UserError, match=r"my_kernel\.py replaces bench\.timing\.control, on which its time relies"):
+    with pytest.raises(UserError, match=r"my_kernel\.py replaces bench\.timing\.control, on which its timing relies"):
         list(bench_kernels.Kernels(file=file()).groups(CPU, Report.start(CPU)))
 
 

@@ -268,7 +268,7 @@ def test_saves_and_loads_as_before(tmp_path):
 FALLBACKS = {
     "eager": ("attn_implementation='eager'", {"attn_implementation": "eager"}, "plain", lambda model: None),
     "gap": ("mask is not padding", {}, "gap", lambda model: None),
-    "relu": ("is no GELU", {"activation_function": "relu"}, "plain", lambda model: None),
+    "relu": ("is not GPT-2's GELU", {"activation_function": "relu"}, "plain", lambda model: None),
     "loss": ("logits are kept", {}, "plain", lambda model: setattr(model, "loss_function", lambda x, y, **_: x.mean())),
     "bias": ("logits are kept", {}, "plain", lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.ones(V)))),
     "block": (None, {}, "plain", lambda model: model.transformer.h.__setitem__(0, MyBlock(model.config, layer_idx=0))),

@@ -145,7 +145,7 @@ def test_library_that_cannot_start_is_refused(here, capsys, monkeypatch, librari
         raise RuntimeError("No API key configured.\nUse `wandb login`")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", no_key)
-    refused(here, capsys, [*SMALL, "--track", "wandb"], "--track wandb cannot start: No API key configured.\nmend that")
+    refused(here, capsys, [*SMALL, "--track", "wandb"], "--track wandb cannot start: No API key configured.\nfix that")
 
 
 def test_unknown_library_is_refused(here, capsys):

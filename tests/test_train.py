@@ -378,7 +378,7 @@ def test_memory_is_predicted_before_the_first_step(here, capsys):
 
 
 def test_step_beyond_memory_is_refused_before_it_starts(here, capsys, monkeypatch):
-    """The message names a batch that fits; --force starts all the same."""
+    """The message names a batch that fits; --force starts anyway."""
     monkeypatch.setattr(memory, "device_bytes", lambda device: 2**30 + 2**20)
     flags = [*SMALL, "--batch-size", 8192, "--context", 64]
     refused(

@@ -286,7 +286,7 @@ def _survey(paths: list[Path], tokenizer: str | Tokenizer) -> tuple[str | Tokeni
                 progress.advance(len(text.encode()))
                 yield text
             if not characters:
-                raise UserError(f"{path} has no text, or only a Gutenberg header and footer: fill it, or take it away")
+                raise UserError(f"{path} has no text, or only a Gutenberg header and footer: add text, or remove it")
             documents.append((path, characters))
 
     with _progress("reading", sum(path.stat().st_size for path in paths)) as progress:

@@ -46,7 +46,7 @@ class TrainConfig:
     preset: str  # defaults of all other options: first-run, tiny, gpt2-124M, ..., or a .toml file of yours
     data: Path = Path("Book")  # a .txt file, a folder of them, a prepared token folder, or .bin shards
     out: Folder = None  # folder of the run; without it runs/PRESET, or the next free runs/PRESET-2, -3, ...
-    resume: Folder = None  # folder of a run to resume; an option that may not change then is refused by name
+    resume: Folder = None  # folder of a run to resume; options that cannot change then are refused by name
     checkpoint: str = "last"  # with --resume, where to resume from: last, best, or a name such as step-00000100
     or_resume: bool = False  # resume the run in --out if it exists: for schedulers that restart a command
 
@@ -58,14 +58,14 @@ class TrainConfig:
     dropout: float  # probability in [0, 1), in training
     attention_dropout: float | None = None  # of attention's probabilities; --dropout if not given. Slow on a CPU
     bias: bool = True  # bias vectors in linear layers and LayerNorm
-    activation_function: Literal["gelu_new", "gelu"] = "gelu_new"  # the GELU by tanh, as GPT-2's, or the exact one
+    activation_function: Literal["gelu_new", "gelu"] = "gelu_new"  # GELU: the tanh approximation, as in GPT-2, or exact
     layer_norm_epsilon: float = 1e-5  # added to the variance in LayerNorm
     document_mask: bool = False  # attention does not cross end-of-text tokens
     init: Folder = None  # begin with the weights, shape and tokenizer of a run, or of a Hugging Face folder
     lora_rank: int = 0  # train adapters of this rank for the model of --init, which is frozen; 0 trains all weights
-    lora_alpha: float = 16.0  # adapters count --lora-alpha / --lora-rank times
+    lora_alpha: float = 16.0  # adapters are scaled by --lora-alpha / --lora-rank
     lora_dropout: float = 0.0  # of adapters' inputs, probability in [0, 1), in training
-    lora_targets: str = "c_attn,c_proj,c_fc"  # matrices with an adapter: ends of their names, such as mlp.c_proj
+    lora_targets: str = "c_attn,c_proj,c_fc"  # matrices to adapt, by name suffix, such as mlp.c_proj
     skip_bad_shards: bool = False  # skip .bin shards that cannot be read, instead of stopping at the first
 
     batch_size: int | Literal["auto"]  # sequences per micro-step and process; auto: the largest that fits into memory
@@ -77,13 +77,13 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, and AdamW for the rest
     lr: float  # peak learning rate
     min_lr: float  # learning rate at the end
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after warm-up; wsd: constant, then down
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # after warm-up; wsd: constant, then a cooldown
     warmup_steps: int = 100  # steps in which the learning rate rises from 0
     cooldown_steps: int = 0  # steps at the end in which wsd falls to --min-lr; 0 is a fifth of all
     weight_decay: float = 0.1  # of matrices and embeddings, per unit of learning rate
-    beta1: float = 0.9  # AdamW: memory of the mean gradient
-    beta2: float = 0.95  # AdamW: memory of the squared gradient
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
+    beta1: float = 0.9  # AdamW: decay of the running mean of the gradient
+    beta2: float = 0.95  # AdamW: decay of the running mean of its square
+    grad_clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     ema: float = 0.0  # decay of the average of the weights that is evaluated and saved, for instance 0.999; 0: none
     spikes: Literal["off", "skip", "stop"] = "off"  # steps whose loss or gradient is an outlier: skip, or end the run
     spike_z: float = 6.0  # what counts as a spike, in standard deviations of the last 128 steps

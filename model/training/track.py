@@ -48,7 +48,7 @@ class Tracker:
         try:
             self.run: Run | None = start(folder, (folder / NAME).read_text().strip(), options, done)
         except Exception as error:
-            raise UserError(f"--track {library} cannot start: {_first_line(error)}\nmend that, or omit it") from None
+            raise UserError(f"--track {library} cannot start: {_first_line(error)}\nfix that, or omit it") from None
 
     def log(self, step: int, values: Mapping[str, float | str]) -> None:
         """Log finite numbers, or a text, of a step."""
