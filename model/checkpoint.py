@@ -99,7 +99,7 @@ def save(
 def save_model(run: Path, model: GPT, tokenizer: Tokenizer, *, step: int = 0, config: dict[str, Any]) -> None:
     """Make `run`, missing or empty, a run that holds this model and its tokenizer; whole or not at all."""
     files.refuse_existing(run)
-    with files.new_folder(run, run.with_name(f"{files.TEMPORARY}{os.getpid()}-{run.name}"), durable=True) as folder:
+    with files.new_folder(run, durable=True) as folder:
         tokenizer.save(folder / "tokenizer")
         parts = {"model": {name: p.detach() for name, p in model.named_parameters()}}
         save(folder, step, parts, config=config, model=model.config, best_val_loss=None, elapsed_s=0.0)

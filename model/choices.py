@@ -82,7 +82,7 @@ def read_questions(path: Path) -> Iterator[tuple[int, Question]]:
                 except json.JSONDecodeError as error:
                     reason = f"it is not JSON ({error.msg} at column {error.colno})"
                     raise UserError(f"{path}, line {number}: {reason}\n{_FORM}") from None
-                except (UnicodeDecodeError, RecursionError):
+                except (ValueError, RecursionError):  # a number of thousands of digits is a ValueError
                     raise UserError(f"{path}, line {number}: it is not JSON in UTF-8\n{_FORM}") from None
 
 
@@ -109,7 +109,8 @@ def _parse(fields: Any) -> Question:
     if isinstance(label, str) and label.isdecimal():  # as in Hugging Face's copy of HellaSwag
         label = int(label)
     if type(label) is not int or not 0 <= label < len(texts):
-        raise _BadQuestion(f"its label must be 0 to {len(texts) - 1}, the number of the right ending, got {label!r}")
+        expected = f"its label must be 0 to {len(texts) - 1}, the number of the right ending"
+        raise _BadQuestion(f"{expected}, got {repr(label)[:40]}")
     return Question(context, tuple(texts), label)
 
 

@@ -66,6 +66,10 @@ def run(
         if (message := explain(error)) is None:
             raise
         _fail(message, 2)
+    except (MemoryError, RuntimeError) as error:
+        if (message := _out_of_memory(error, config)) is None:
+            raise
+        _fail(message, 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
 
@@ -107,7 +111,7 @@ def explain(error: OSError) -> str | None:
         return f"{name} is on a read-only file system: choose a folder that can be written to"
     if error.errno == errno.ENOENT:
         return f"no such file or folder: {name}"
-    return f"{name}: {error.strerror or error}"
+    return f"{name}: {error.strerror or ' '.join(map(str, error.args))}"  # str(error) would be without these words
 
 
 def clock(seconds: float) -> str:
@@ -189,6 +193,22 @@ class LiveLine:
             self.console.print(text)
         else:
             print(text, flush=True)
+
+
+_NO_MEMORY = "out of memory|not enough memory|(can't|annot) allocate memory"
+
+
+def _out_of_memory(error: Exception, config: type) -> str | None:
+    """One line if that is the error, with the options of `config` that need less; else None.
+
+    Torch's error is known by its text: on the CPU it has no class of its own, and not every command imports torch.
+    """
+    if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
+        return None
+    options = getattr(config, "__dataclass_fields__", {})
+    ways = ["a smaller --batch-size"] if "batch_size" in options else []
+    ways += ["--device cpu"] if "device" in options and "CUDA" in str(error) else []
+    return f"not enough memory: {'use ' + ' or '.join(ways) if ways else 'a machine with more is needed'}"
 
 
 def _fail(message: str, code: int) -> None:

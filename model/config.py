@@ -36,8 +36,8 @@ class GPTConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name in ("layer_norm_epsilon", "initializer_range"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+            if not _is_number(value) or not 0 < value < 1e30:  # in float32 a larger one may become inf
+                raise ValueError(f"{name} must be a number above 0 and below 1e30, got {value!r}")
         for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:

@@ -165,10 +165,15 @@ def _measure_text(cfg: EvaluateConfig, model: GPT, tokenizer: Tokenizer) -> None
                     model, tokens, context=context, batch_size=cfg.batch_size, max_windows=cfg.max_windows,
                     stride=cfg.stride, advance=line.advance,
                 )  # fmt: skip
+                _check_finite(losses[form])
     if cfg.json:
         n = len(tokens)
         results = {
-            form: {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(loss, n, n_bytes)}
+            form: {
+                "loss": loss,
+                "perplexity": perplexity(loss) if loss < 700 else None,  # JSON has no inf
+                "bits_per_byte": bits_per_byte(loss, n, n_bytes),
+            }
             for form, loss in losses.items()
         }
         _print_json(cfg, results, text=name, tokens=n, bytes=n_bytes, stride=cfg.stride or context)
@@ -188,6 +193,7 @@ def _measure_choices(cfg: EvaluateConfig, model: GPT, tokenizer: Tokenizer) -> N
     with LiveLine("tokens", n_tokens, stderr=True) as line:
         for form in _forms(model, cfg.weights):
             sums = choices.log_probs(model, endings, batch_size=cfg.batch_size, advance=line.advance)
+            _check_finite(sums)  # else the first ending would be taken for the likeliest
             results[form] = choices.accuracy(questions, sums)
     if cfg.json:
         content = {form: {"acc": found.acc, "acc_norm": found.acc_norm} for form, found in results.items()}
@@ -196,6 +202,11 @@ def _measure_choices(cfg: EvaluateConfig, model: GPT, tokenizer: Tokenizer) -> N
     names = {"float32": f"{cfg.choices} {len(questions):,} questions"}
     for name, found in results.items():
         print(f"{names.get(name, name)} | {found}")
+
+
+def _check_finite(values: float | np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise UserError("the model's logits are NaN or infinite: its training diverged or its weights are damaged")
 
 
 def _print_json(cfg: EvaluateConfig, results: Mapping[str, Any], **about: Any) -> None:

@@ -2,7 +2,7 @@
 
 Each is written under a temporary name next to its place and renamed. `durable` also flushes it and its folder to the
 disk: after a power cut either the old or the new content is there. A crash leaves a file whose name begins with
-`.tmp-`, or a folder with the temporary name that the caller chose.
+`.tmp-`, or a folder with `.incomplete-` in its name or the temporary name that the caller chose.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,25 @@ from pathlib import Path
 from model.cli import UserError
 
 TEMPORARY = ".tmp-"
+_CLUTTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of file managers, in folders that they have shown
+
+
+def names(folder: Path) -> list[str]:
+    """What a folder holds, without what file managers leave there."""
+    return [path.name for path in folder.iterdir() if path.name not in _CLUTTER]
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raise UserError unless `folder` is missing or empty."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Raise UserError unless `folder` is missing, or is empty and can be replaced."""
+    if folder.exists() and not (folder.is_dir() and not names(folder)):
         raise UserError(f"{folder} exists and is not an empty folder: choose another, or remove it")
+    refuse_fixed(folder)
+
+
+def refuse_fixed(folder: Path) -> None:
+    """Raise UserError for a folder whose place `new_folder` could not take: that would fail after all the work."""
+    if folder.exists() and (os.path.samefile(folder, ".") or os.path.ismount(os.path.realpath(folder))):
+        raise UserError(f"{folder} is the current folder or where a disk is mounted: choose a new folder in it")
 
 
 @contextlib.contextmanager
@@ -63,12 +77,15 @@ def write_file(path: Path, data: bytes | str, *, durable: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, temporary: Path, *, durable: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, temporary: Path | None = None, *, durable: bool = False) -> Iterator[Path]:
     """Yield the new folder `temporary` to fill; it is renamed to `path` at the end, or removed after an error.
 
-    The caller flushes the files in it. A folder at `path` is replaced; a crash in between leaves the old one as
-    `temporary` with `-old` behind its name. OSErrors without a file name are given that of `path`.
+    The caller flushes the files in it. A folder at `path`, or where that links to, is replaced; a crash in between
+    leaves the old one as `temporary` with `-old` behind its name. OSErrors without a file name are given that of
+    `path`. temporary: on the same disk, and not there yet; by default `path` with `.incomplete-...` behind its name.
     """
+    path = Path(os.path.realpath(path))
+    temporary = temporary or path.with_name(f"{path.name}.incomplete-{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     old = temporary.with_name(f"{temporary.name}-old")
     try:

@@ -23,24 +23,31 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model import files
 from model.cli import UserError
 
 SMALL, LARGE = 1 << 20, 1 << 24  # bytes that a JSON file may have: settings and headers, vocabularies
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of weights that can be read
+_LFS = b"version https://git-lfs"
 
 
 def read_json(folder: Path, name: str, limit: int = SMALL) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes."""
-    path = inside(folder, name)
-    if (size := path.stat().st_size) > limit:
-        raise UserError(f"{path} has {size:,} bytes, and such a file has at most {limit:,}: is it the right one?")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read(folder, name, limit))
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: is the folder complete?")
+        raise UserError(f"{folder / name} is not a JSON object: is the folder complete?")
     return content
+
+
+def read(folder: Path, name: str, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes."""
+    path = inside(folder, name)
+    if (size := path.stat().st_size) > limit:
+        raise UserError(f"{path} has {size:,} bytes, and such a file has at most {limit:,}: is it the right one?")
+    return path.read_bytes()
 
 
 def has(folder: Path, name: str) -> bool:
@@ -62,6 +69,9 @@ def inside(folder: Path, name: str) -> Path:
         raise UserError(f"{folder} has no {name}: is it complete?")
     if not real.is_file():
         raise UserError(f"{path} is not a file")
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in that folder")
     return path
 
 
@@ -88,6 +98,11 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * (self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 0)
 
+    def check_dtype(self, name: str) -> None:
+        """UserError if it cannot be read. name: of the tensor."""
+        if self.dtype not in DTYPES.values():
+            raise UserError(f"{self.path}: {clean(name)} is {quote(self.dtype)}: convert it to float32 or 16 bits")
+
 
 def stamp(path: Path) -> tuple[int, int]:
     """What tells whether a file has changed: its size in bytes, and when it was written, in ns."""
@@ -111,7 +126,7 @@ def _safetensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
             if length > SMALL:
                 raise ValueError(f"a header of {length:,} bytes")
             header = json.loads(file.read(length))
-        with safe_open(path, "np"):
+        with files.named_errors(path), safe_open(path, "np"):
             pass
     except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a complete safetensors file: {clean(error)}") from None

@@ -13,16 +13,16 @@ Their matrices lie the other way round, (in, out), and every layer has biases: a
 biases of zero, which change no number, and "bias": false in config.json lets it come back without.
 
 A folder may come from anywhere (`model.foreign`): tensors are read only after the settings and the headers of all files
-agree on every shape, one at a time, and no more memory is taken than the files have.
+agree on every shape, one at a time. They take the memory that the files have, twice that where these are of 16 bits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def export(run: Path, folder: Path, name: str = "best") -> GPT:
     }
     state = model.state_dict()
     tensors = {name: state.get(name, torch.zeros(shape)) for name, shape in _shapes(model.config).items()}
-    with files.new_folder(folder, folder.with_name(f"{files.TEMPORARY}{os.getpid()}-{folder.name}")) as temporary:
+    with files.new_folder(folder) as temporary:
         checkpoint.write_tensors(
             temporary, "model", {name: _turned(name, t) for name, t in tensors.items()}, metadata={"format": "pt"}
         )
@@ -147,9 +147,10 @@ def shape_of(folder: Path) -> GPTConfig:
 def load_pretrained(folder: Path) -> tuple[GPT, Tokenizer]:
     """The model of a Hugging Face folder, float32 on the CPU, in evaluation mode, and its tokenizer.
 
-    Without a tokenizer in the folder it is GPT-2's, if the embedding has the rows for it. Ids that no text has, such as
-    rows that pad the embedding or special tokens besides the end of text, are dropped; where that one is not the last
-    id, ids are numbered anew. UserError for a folder that is not a GPT-2 of this kind, is incomplete or damaged.
+    Without a tokenizer in the folder it is GPT-2's, if the embedding has the rows for it. Rows that pad the embedding
+    are dropped, and tokens that were added besides the end of text, which a line on stderr names; where that one is not
+    the last id, ids are numbered anew. UserError for a folder that is not a GPT-2 of this kind, is incomplete or
+    damaged.
     """
     settings = _settings(folder)
     config = _config(folder, settings)
@@ -215,7 +216,7 @@ def _read_weights(folder: Path, config: GPTConfig) -> dict[str, Tensor]:
     for path, stamp in zip(paths, before, strict=True):
         if foreign.stamp(path) != stamp:
             raise UserError(f"{path} has changed while it was read: wait until the folder is complete")
-    if not torch.equal(weights.pop(_HEAD, weights[_EMBEDDING]), weights[_EMBEDDING]):
+    if _HEAD in weights and not torch.equal(weights.pop(_HEAD), weights[_EMBEDDING]):
         raise UserError(f"{folder}: {_HEAD} differs from {_EMBEDDING}, and GPT-2 ties the two")
     return weights
 
@@ -272,14 +273,16 @@ def _compare(folder: Path, expected: Mapping[str, tuple[int, ...]], stored: Mapp
     for name, shape in expected.items():
         if name not in stored:
             raise UserError(f"{folder}: the weights lack {name}: is the folder complete?")
-        path, found, dtype = stored[name].path, stored[name].shape, stored[name].dtype
+        path, found = stored[name].path, stored[name].shape
         if found != shape:
             raise UserError(f"{path}: {name} is {foreign.quote(found)}, and {CONFIG} says {shape}")
-        if dtype not in foreign.DTYPES.values():
-            raise UserError(f"{path}: {name} is {foreign.quote(dtype)}: convert it to float32 or 16 bits")
+        stored[name].check_dtype(name)
 
 
 # Tokenizers
+
+_ADDED = "added_tokens.json"  # beside vocab.json; tokenizer.json has them itself
+_PADDING = re.compile(r"[\W_]*pad[\W_]*", re.IGNORECASE)  # a token that no text has
 
 
 def _load_tokenizer(folder: Path, settings: Mapping[str, Any], n_rows: int) -> tuple[Tokenizer, list[int]]:
@@ -295,18 +298,24 @@ def _load_tokenizer(folder: Path, settings: Mapping[str, Any], n_rows: int) -> t
         if name == TOKENIZER:
             ids, merges = _parse(content)
         else:
-            lines = foreign.inside(folder, "merges.txt").read_text(encoding="utf-8").splitlines()
-            ids, merges = content, [line.split(" ") for line in lines if line and not line.startswith("#version")]
+            lines = foreign.read(folder, "merges.txt", foreign.LARGE).decode().splitlines()
+            added = foreign.read_json(folder, _ADDED) if foreign.has(folder, _ADDED) else {}
+            ids, merges = content | added, [s.split(" ") for s in lines if s and not s.startswith("#version")]
         tokenizer, tokens = _character_ids(ids) if merges is None else _byte_pairs(ids, merges)
         rows: list[Any] = [ids[token] for token in tokens] + [ids.get(END_OF_TEXT, settings.get("eos_token_id"))]
         if not all(type(row) is int for row in rows):
             raise ValueError("there is no id of the end of text")
         if len(set(rows)) < len(rows) or min(rows) < 0 or max(rows) >= n_rows:
             raise ValueError(f"its ids are not different rows of the {n_rows:,} that the embedding has")
+        used = {*rows}
+        dropped = [token for token, row in ids.items() if row not in used and not _PADDING.fullmatch(token)]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = foreign.clean(error) if type(error) is ValueError else "it is damaged"
         kinds = "of byte pairs as GPT-2's, or of characters as exported here"
         raise UserError(f"{folder / name} is not a tokenizer {kinds}: {reason}") from None
+    if dropped:
+        some = ", ".join(map(foreign.quote, dropped[:5])) + (f" and {len(dropped) - 5:,} more" if dropped[5:] else "")
+        print(f"note: added tokens cannot be used here and are dropped: {some}", file=sys.stderr)
     return tokenizer, rows
 
 
@@ -347,7 +356,11 @@ def _byte_pairs(ids: Mapping[str, int], merges: list[list[str]]) -> tuple[Tokeni
 # Download
 
 PUBLISHED = tuple(name for name in PRESETS if name.startswith("gpt2"))
-_WANTED = r"(config|tokenizer|vocab)\.json|merges\.txt|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+_WANTED = r"(config|tokenizer|vocab|added_tokens)\.json|merges\.txt"
+_WEIGHTS = (  # the second where there is none of the first
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json",
+    r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json",
+)
 
 
 def download(name: str, run: Path) -> tuple[GPT, Tokenizer]:
@@ -368,7 +381,7 @@ def download(name: str, run: Path) -> tuple[GPT, Tokenizer]:
     server = constants.ENDPOINT
     try:
         info = HfApi().model_info(repo, files_metadata=True)
-        wanted = [file for file in info.siblings or () if re.fullmatch(_WANTED, file.rfilename)]
+        wanted = _wanted(info.siblings or [])
         size = decimal(sum(file.size or 0 for file in wanted))
         print(f"{server}/{repo}, version {info.sha}: {len(wanted)} files, {size}", flush=True)
         paths = [Path(hf_hub_download(repo, file.rfilename, revision=info.sha)) for file in wanted]
@@ -383,9 +396,17 @@ def download(name: str, run: Path) -> tuple[GPT, Tokenizer]:
         if file.lfs and files.sha256(path) != file.lfs.sha256:
             raise UserError(f"{path} is not what {server} has (SHA-256): remove {path.resolve()}, and try again")
     if not paths:
-        raise UserError(f"{repo} has no {CONFIG} and no safetensors")
+        raise UserError(f"{repo} has no weights that can be read: neither {' nor '.join(WEIGHTS)}, nor shards of them")
     print(f"complete, in {paths[0].parent}")
     return import_folder(paths[0].parent, run)
+
+
+def _wanted(listed: list[Any]) -> list[Any]:
+    """The files of a repository that make a model; none where it has no weights of a kind that can be read."""
+    for pattern in _WEIGHTS:
+        if any(re.fullmatch(pattern, file.rfilename) for file in listed):
+            return [file for file in listed if re.fullmatch(f"{_WANTED}|{pattern}", file.rfilename)]
+    return []
 
 
 # The command

@@ -26,15 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 import tyro
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kernels import bias_gelu
-from model import checkpoint, files
+from model import checkpoint, files, foreign
 from model.checkpoint import ADAPTER, ADAPTER_CONFIG, PEFT_PREFIX
 from model.cli import UserError, run
 from model.config import GPTConfig
@@ -144,9 +142,9 @@ class Adapter:
             if config.get(key, plain[0]) not in plain:
                 raise UserError(f"{name} has {key} {str(config[key])[:40]!r}, which is not supported: train it without")
         alpha = config.get("lora_alpha", 8)
-        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e9:
             raise UserError(
-                f"{name} has lora_alpha {str(alpha)[:40]!r}, which is not a number: restore it, or make it again"
+                f"{name} has lora_alpha {str(alpha)[:40]!r}, not a number below 1e9: restore it, or make it again"
             )
         pairs = {}
         for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
@@ -166,26 +164,22 @@ class Adapter:
 
 def read(source: Path) -> Adapter:
     """The adapter in a folder that PEFT or `export` wrote, or the best of a run. UserError where there is none."""
-    path = source / ADAPTER_CONFIG
-    if not path.exists():
+    if not (source / ADAPTER_CONFIG).exists():
         return _of_run(source, checkpoint.load(source, "best", weights_only=True) if _is_run(source) else None)
-    try:
-        config = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{path} is not the JSON of an adapter: restore it, or make the adapter again") from None
-    if not (source / WEIGHTS).exists():
+    config = foreign.read_json(source, ADAPTER_CONFIG)
+    if not foreign.has(source, WEIGHTS):
         raise UserError(f"{source} has no {WEIGHTS}: save the adapter with safetensors")
-    try:
-        tensors = safetensors.torch.load_file(source / WEIGHTS)
-    except SafetensorError as error:
-        raise UserError(f"{source / WEIGHTS} is damaged or no safetensors file: {error}") from None
-    return Adapter.from_peft(str(source), config, {name.removeprefix(PEFT_PREFIX): t for name, t in tensors.items()})
+    tensors = {}
+    for name, stored in foreign.tensors(foreign.inside(source, WEIGHTS)):
+        stored.check_dtype(name)
+        tensors[name.removeprefix(PEFT_PREFIX)] = stored.read()
+    return Adapter.from_peft(str(source), config, tensors)
 
 
 def write(out: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Make the folder of an adapter. config: of LoraConfig.to_peft. tensors: the trained parameters by name."""
-    with files.new_folder(out, out.with_name(f"{files.TEMPORARY}{out.name}")) as folder:
-        safetensors.torch.save_file({PEFT_PREFIX + name: t for name, t in tensors.items()}, folder / WEIGHTS)
+    with files.new_folder(out) as folder:
+        checkpoint.write_tensors(folder, ADAPTER, tensors)
         files.write_file(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
@@ -356,8 +350,10 @@ class LoraCommand:
 
 def main(cfg: LoraCommand) -> None:
     files.refuse_existing(cfg.out)
+    if cfg.adapter is not None and cfg.command == "export":
+        raise UserError("--adapter is for merge: export writes the run's own adapters alone, so omit it")
     saved = checkpoint.load(cfg.run, cfg.checkpoint, weights_only=True)
-    if cfg.adapter is None or cfg.command == "export":
+    if cfg.adapter is None:
         _of_run(cfg.run, saved)  # refuses a run without adapters
     if cfg.command == "export":
         (tensors,) = saved.parts.values()

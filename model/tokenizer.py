@@ -36,7 +36,7 @@ import tyro
 
 from model import bpe
 from model.cli import LiveLine, UserError, run
-from model.files import write_atomic
+from model.files import names, write_atomic
 
 FILE = "tokenizer.json"
 FORMAT = 1
@@ -281,7 +281,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return tokenizer
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} has no tokenizer: there is no {FILE} in it") from None
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path} is damaged or not one of ours: restore it from a backup, or make it again") from None
 
 
@@ -397,7 +397,7 @@ def main(cfg: TokenizerConfig) -> None:
     name = f"bpe:{cfg.vocab_size}"
     trained_size(name)  # refuses a size that cannot be
     out = cfg.out or Path(name.replace(":", "-"))
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and not names(out)):
         raise UserError(f"{out} exists: choose another folder with --out, or remove it")
     paths = list(dict.fromkeys(path for source in cfg.files for path in books.documents(source)))
     if not paths:

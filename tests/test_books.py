@@ -141,6 +141,16 @@ def test_documents_of_a_folder(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in documents(tmp_path)] == sorted(names)
 
 
+def test_documents_follow_links_to_folders_once(tmp_path):
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    for path in (corpus / "real/a.txt", other / "b.txt"):
+        path.parent.mkdir(parents=True)
+        path.write_text("x")
+    for name, target in (("link", other), ("again", other), ("a", corpus / "real"), ("real/loop", corpus)):
+        (corpus / name).symlink_to(target, target_is_directory=True)
+    assert [str(path.relative_to(corpus)) for path in documents(corpus)] == ["again/b.txt", "real/a.txt"]
+
+
 def test_documents_of_a_file_is_that_file(tmp_path):
     (tmp_path / "README.md").write_text("x")
     assert documents(tmp_path / "README.md") == [tmp_path / "README.md"]

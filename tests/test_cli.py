@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -148,7 +149,34 @@ def test_errors_about_files_are_one_line(error, words, capsys):
     assert err.startswith(f"error: {words}") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a bug"), OSError(errno.EINVAL, "a bug")])
+@dataclass(frozen=True)
+class WithBatches:
+    batch_size: int = 4  # loaves in the oven at a time
+    device: str = "auto"  # oven
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    ("error", "config", "words"),
+    [
+        (lambda: torch.empty(1 << 60), WithBatches, "use a smaller --batch-size"),
+        (lambda: np.empty(1 << 58), WithBatches, "use a smaller --batch-size"),
+        (lambda: raising(CUDA)(None), WithBatches, "use a smaller --batch-size or --device cpu"),
+        (lambda: raising(MemoryError())(None), Config, "a machine with more is needed"),
+        (lambda: raising(CUDA)(None), Config, "a machine with more is needed"),
+    ],
+    ids=["torch", "numpy", "cuda", "python, no options", "cuda, no options"],
+)
+def test_too_little_memory_is_one_line(error, config, words, capsys):
+    assert call(lambda cfg: error(), config=config) == 2
+    assert capsys.readouterr().err == f"error: not enough memory: {words}\n"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), RuntimeError("a bug"), OSError("a bug"), OSError(errno.EINVAL, "a bug")]
+)
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error), match="a bug"):
         run(raising(error), Config, prog="bake", argv=[])

@@ -294,7 +294,28 @@ def test_prepare_replaces_only_token_folders(tmp_path):
     assert (source / "a.txt").read_bytes() == TEXT.encode()
 
 
+def test_what_file_managers_leave_is_replaced_too(tmp_path):
+    folder = tmp_path / "tokens"
+    for text in ("abab", "baba"):
+        prepare(write_corpus(tmp_path / "c", a=text * 10), folder, "char")
+        for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (folder / name).write_bytes(b"x")
+    assert load(folder).tokenizer.decode(load(folder).train[:]).startswith("baba")
+
+
 # Refusals
+
+
+def test_prepare_refuses_a_folder_that_cannot_be_replaced(tmp_path, monkeypatch):
+    source = write_corpus(tmp_path / "c", a=TEXT)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "empty")
+    with pytest.raises(UserError, match="empty is the current folder or where a disk is mounted"):
+        prepare(source, tmp_path / "empty", "char")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="choose a new folder in it"):
+        prepare(source, Path("."), "char")
 
 
 def test_prepare_refuses_bad_text_by_name(tmp_path):
@@ -348,7 +369,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "tokens"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"format": 2}', "\x00\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"format": 2}', "\x00\xff", "[" * 200_000], ids=len)
 def test_load_refuses_a_damaged_meta(folder, content):
     (folder / "meta.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=r"meta\.json is damaged"):
@@ -435,3 +456,13 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
         prepare(tmp_path / "text.txt", tmp_path / "tokens", "char")
     assert caught.value.filename == str(tmp_path / "tokens")
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_shard_that_cannot_be_mapped_is_named(folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(shards.mmap, "mmap", fail)
+    with pytest.raises(OSError) as caught:
+        load(folder).train[:]
+    assert caught.value.filename == str(folder / "train_000000.bin")

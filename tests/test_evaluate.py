@@ -301,6 +301,34 @@ def test_command_shows_the_cost_of_weights(folder, weights, capsys):
     assert low.startswith(f"{weights} loss {losses[weights]:.4f} | ") and low.endswith(f" | {cost:+.2f} % perplexity")
 
 
+def spoil(folder, value: float) -> None:
+    """Put a number into the last LayerNorm of the run's model: all logits are NaN, or very far apart."""
+    model, tokenizer = checkpoint.load_model(folder)
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = value
+    checkpoint.save_model(folder / "spoilt", model, tokenizer, config={})
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize("option", ["--data", "--choices"])
+def test_command_refuses_a_model_of_nans(folder, tmp_path, capsys, option, options):
+    """The likeliest of endings that are all NaN would be the first, here the right one."""
+    spoil(folder, math.nan)
+    text = {"--data": "the mat ate the cat.", "--choices": LINES[0]}[option]
+    (tmp_path / "text").write_text(text)
+    assert call(folder / "spoilt", option, tmp_path / "text", *options) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: the model's logits are NaN or infinite: ") and err.count("\n") == 1
+
+
+def test_a_perplexity_beyond_all_numbers_is_null(folder, tmp_path, capsys):
+    spoil(folder, 1e6)
+    (tmp_path / "text").write_text("the mat ate the cat.")
+    assert call(folder / "spoilt", "--data", tmp_path / "text", "--json") == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["results"]["float32"]
+    assert found["loss"] > 700 and found["perplexity"] is None
+
+
 ANSWERS = [
     {"ctx": "the cat", "endings": ["sat", "ate the", "on"], "label": 0},
     {"ctx": "the mat", "endings": ["ate", "sat on"], "label": 1},
@@ -331,6 +359,9 @@ def test_command_answers_questions(folder, tmp_path, capsys):
         ("", "has no questions"),
         ('{"ctx": "the", "endings": [', r"line 3: it is not JSON (Expecting value at column 28)"),
         (b'{"ctx": "\xff"}', "line 3: it is not JSON in UTF-8"),
+        (f'{{"ctx": {"1" * 5000}}}', "line 3: it is not JSON in UTF-8"),
+        ({"label": "1" * 5000}, "line 3: it is not JSON in UTF-8"),
+        ({"label": ["x"] * 999}, "line 3: its label must be 0 to 2"),
         ("[1, 2]", "line 3: it is not a JSON object"),
         ({"endings": []}, "line 3: it has no list of at least two endings"),
         ({"endings": "the cat"}, "line 3: it has no list of at least two endings"),
@@ -347,7 +378,7 @@ def test_command_answers_questions(folder, tmp_path, capsys):
         ({"ctx": "Zebra"}, "line 3: not in this tokenizer's alphabet"),
         ({"endings": ["a", "the cat the"]}, f"line 3: ending 1 has 12 tokens and the model's context is {T}"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_command_names_the_line_of_a_bad_question(folder, tmp_path, capsys, line, words):
     path = tmp_path / "q.jsonl"
@@ -357,6 +388,7 @@ def test_command_names_the_line_of_a_bad_question(folder, tmp_path, capsys, line
     assert call(folder, "--choices", path) == 2
     out, err = capsys.readouterr()
     assert not out and str(path) in err and words in err and err.count("\n") <= 2 and "Traceback" not in err
+    assert len(err) < 500
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -269,6 +271,34 @@ def test_import_renumbers_where_the_end_of_text_is_first(theirs, tmp_path):
     torch.testing.assert_close(logits[..., -1], expected[..., 0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("old", [False, True], ids=["tokenizer.json", "vocab.json"])
+def test_tokens_that_are_dropped_are_named(theirs, tmp_path, capsys, old):
+    """But padding, which no text has, goes without a word."""
+    theirs(vocab_size=288, eos_token_id=279)
+    content = hf._tokenizer_json(TOKENIZERS["bpe"])
+    added = {f"<speaker{n}>": 279 + n for n in range(1, 8)} | {"[PAD]": 287}
+    if old:
+        (tmp_path / "hf/vocab.json").write_text(json.dumps(content["model"]["vocab"]))
+        (tmp_path / "hf/merges.txt").write_text("\n".join(content["model"]["merges"]))
+        (tmp_path / "hf/added_tokens.json").write_text(json.dumps(added))
+    else:
+        content["added_tokens"] += [{"content": token, "id": i, "special": False} for token, i in added.items()]
+        (tmp_path / "hf/tokenizer.json").write_text(json.dumps(content))
+    model, _ = hf.load_pretrained(tmp_path / "hf")
+    assert model.config.vocab_size == 280
+    names = ", ".join(f"'<speaker{n}>'" for n in range(1, 6))
+    assert capsys.readouterr().err.endswith(f"here and are dropped: {names} and 2 more\n")
+
+
+def test_nan_in_the_embedding_is_no_other_head(theirs, tmp_path):
+    theirs()
+    path = tmp_path / "hf/model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["transformer.wte.weight"][0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, path)
+    assert hf.load_pretrained(tmp_path / "hf")[0].transformer.wte.weight[0, 0].isnan()
+
+
 def test_import_follows_the_links_of_the_cache(theirs, tmp_path):
     """models--NAME/snapshots/VERSION/FILE links to models--NAME/blobs/HASH."""
     snapshot, blobs = tmp_path / "models--a" / "snapshots" / "1", tmp_path / "models--a" / "blobs"
@@ -324,6 +354,9 @@ def test_commands_export_and_import(cli, tmp_path):
         UserError, match=r"holds no run: there is no config\.json in it; fine-tune an imported model with"
     ):
         run_folder.stored_options(imported)  # train.py --resume
+    (imported / "config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"config\.json is damaged, or of another version"):
+        run_folder.stored_options(imported)
 
 
 def test_commands_refuse_what_cannot_be(cli, tmp_path):
@@ -339,6 +372,34 @@ def test_commands_refuse_what_cannot_be(cli, tmp_path):
     assert "is not a folder: give one with a config.json" in cli("import", tmp_path / "hf", tmp_path / "new")[2]
     assert "unknown model 'gpt3': choose gpt2, gpt2-medium" in cli("download", "gpt3", tmp_path / "new")[2]
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_commands_write_where_a_link_leads(cli, tmp_path, command):
+    write_run(tmp_path / "run", CharTokenizer("ab"))
+    hf.export(tmp_path / "run", tmp_path / "hf")
+    (tmp_path / "elsewhere/empty").mkdir(parents=True)
+    (tmp_path / "elsewhere/empty/.DS_Store").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("elsewhere/empty")
+    code, _, err = cli(command, tmp_path / {"export": "run", "import": "hf"}[command], tmp_path / "link")
+    assert (code, err) == (0, "") and (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "hf", "elsewhere", "link"}
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["empty"]
+    name = {"export": "config.json", "import": "checkpoints"}[command]
+    assert (tmp_path / "elsewhere/empty" / name).exists()
+
+
+def test_commands_refuse_a_folder_that_cannot_be_replaced(cli, tmp_path, monkeypatch):
+    write_run(tmp_path / "run", CharTokenizer("ab"))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(checkpoint, "load_model", None)  # refused before the work
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "empty")
+        code, _, err = cli("export", tmp_path / "run", tmp_path / "empty")
+        assert code == 2 and "empty is the current folder or where a disk is mounted: choose a new folder in it" in err
+    monkeypatch.chdir(tmp_path / "empty")
+    code, _, err = cli("export", tmp_path / "run", ".")
+    assert code == 2 and err.count("\n") == 1 and "choose a new folder in it" in err
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

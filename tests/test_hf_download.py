@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from commands import exit_code
 from hf_folders import TOKENIZERS, same, write_run
 
@@ -181,7 +183,19 @@ def test_download_of_an_unknown_model(server, cli):
 def test_download_of_a_repository_without_weights(server, cli):
     server.files = {"README.md": b"empty"}
     code, _, err = cli()
-    assert code == 2 and err == "error: openai-community/gpt2 has no config.json and no safetensors\n"
+    assert code == 2 and err.startswith("error: openai-community/gpt2 has no weights that can be read: neither model.")
+
+
+def test_download_takes_old_weights_where_there_are_no_others(exported, server, cli, tmp_path):
+    torch.save(safetensors.torch.load(server.files["model.safetensors"]), tmp_path / "weights")
+    server.files["pytorch_model.bin"] = (tmp_path / "weights").read_bytes()
+    assert cli()[0] == 0
+    assert "pytorch_model.bin" not in {name for _, name, _ in server.requests}
+    (tmp_path / "run").rename(tmp_path / "new")
+    del server.files["model.safetensors"]
+    code, out, err = cli()
+    assert code == 0 and "3 files" in out, err
+    assert same(checkpoint.load_model(tmp_path / "run")[0], exported[0])
 
 
 def test_download_without_a_network(server, cli, monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ import torch
 from hf_folders import TOKENIZERS, write_run
 
 from model import foreign, hf
-from model.cli import UserError, run
+from model.cli import UserError, explain, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -192,6 +192,7 @@ def split_elsewhere(content):
     merges[-1] = f"{token[0]} {token[1:]}" if merges[-1].index(" ") > 1 else f"{token[:-1]} {token[-1]}"
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 548105171\n"
 ESCAPES = "\x1b[31m\n" * 200
 CASES = {
     # config.json
@@ -202,6 +203,8 @@ CASES = {
     "config not text": (write("config.json", b"\xff\xfe\x00"), "config.json is not a JSON object"),
     "config huge": (write("config.json", " " * (foreign.SMALL + 1)), "config.json has 1,048,577 bytes"),
     "config a pipe": (fifo, "config.json is not a file"),
+    "config a pointer": (write("config.json", POINTER), "config.json is a Git LFS pointer.* run `git lfs pull`"),
+    "epsilon of 401 digits": (config(layer_norm_epsilon=10**400), "layer_norm_epsilon must be a number above 0 and"),
     "other model": (config(model_type="llama"), "model_type is 'llama'"),
     "no model type": (config(model_type=None), "model_type is None"),
     "absurd layers": (config(n_layer=10**12), "n_layer is 1,000,000,000,000 in config.json, and the weights have 2"),
@@ -221,6 +224,7 @@ CASES = {
     # safetensors
     "weights missing": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights: neither"),
     "weights empty": (write("model.safetensors", b""), "not a complete safetensors file"),
+    "weights a pointer": (write("model.safetensors", POINTER), "model.safetensors is a Git LFS pointer, not the file"),
     "weights text": (write("model.safetensors", "not weights"), "not a complete safetensors file"),
     "weights cut": (header(data=b"\0" * 100), "not a complete safetensors file"),
     "weights with a tail": (lambda f: header(data=(f / "model.safetensors").read_bytes())(f), "not a complete"),
@@ -301,6 +305,14 @@ CASES = {
         lambda f: ((f / "tokenizer.json").unlink(), write("vocab.json", "{}")(f)),
         "has no merges.txt",
     ),
+    "merges huge": (
+        lambda f: (
+            (f / "tokenizer.json").unlink(),
+            write("vocab.json", "{}")(f),
+            write("merges.txt", "a b\n" * (1 << 22) + "\n")(f),
+        ),
+        "merges.txt has 16,777,217 bytes",
+    ),
 }  # fmt: skip
 
 
@@ -342,6 +354,16 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder, tmp_path, monke
         monkeypatch.setattr(np, "fromfile", change)
         with pytest.raises(UserError, match="has changed while it was read: wait until the folder is complete"):
             hf.load_pretrained(folder)
+
+
+def test_a_file_that_cannot_be_mapped_is_named(folder, monkeypatch):
+    def fail(path, framework):
+        raise OSError("No such device (os error 19)")  # of safetensors, without a number or a name
+
+    monkeypatch.setattr(foreign, "safe_open", fail)
+    with pytest.raises(OSError) as caught:
+        hf.load_pretrained(folder)
+    assert explain(caught.value) == f"{folder}/model.safetensors: No such device (os error 19)"
 
 
 MEASURED = """

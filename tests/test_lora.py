@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
@@ -463,6 +464,26 @@ def test_adapters_on_adapters_are_refused(base, here, capsys):
             command(what, "base", "new")
         assert "base holds no adapter" in capsys.readouterr().err
     assert not (here / "new").exists()
+    with pytest.raises(SystemExit):
+        command("export", "run", "new", "--adapter", "run")
+    assert "--adapter is for merge" in capsys.readouterr().err and not (here / "new").exists()
+
+
+def test_exported_adapter_is_a_file_like_others(tmp_path, monkeypatch):
+    (tmp_path / ".tmp-adapter").mkdir()  # of a process that was killed
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(file), fsync(file)))
+    _export(adapted(), ALL, tmp_path / "adapter")
+    weights, settings = (tmp_path / "adapter" / name for name in (lora.WEIGHTS, "adapter_config.json"))
+    assert weights.stat().st_mode == settings.stat().st_mode and flushed
+
+    def full(*args):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        _export(adapted(), ALL, tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {".tmp-adapter", "adapter"}
 
 
 def _edit(folder, **changes):
@@ -483,9 +504,10 @@ A, B = (f"base_model.model.transformer.h.0.attn.c_attn.lora_{x}.weight" for x in
     [
         (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter: there is no adapter_config.json in it"),
         (lambda f: _edit(f, init_lora_weights="pissa"), "has init_lora_weights 'pissa'"),
-        (lambda f: (f / "adapter_config.json").write_text("{"), "is not the JSON of an adapter"),
-        (lambda f: (f / "adapter_config.json").write_text("[" * 10**5), "is not the JSON of an adapter"),
-        (lambda f: (f / "adapter_config.json").write_text("[1]"), "is not the JSON of an adapter"),
+        (lambda f: (f / "adapter_config.json").write_text("{"), "is not a JSON object"),
+        (lambda f: (f / "adapter_config.json").write_text("[" * 10**5), "is not a JSON object"),
+        (lambda f: (f / "adapter_config.json").write_text("[1]"), "is not a JSON object"),
+        (lambda f: (f / "adapter_config.json").write_text(" " * (1 << 20) + "{}"), "has 1,048,578 bytes"),
         (lambda f: _edit(f, peft_type="IA3"), "is an adapter of type 'IA3'"),
         (lambda f: _edit(f, use_dora=True), "has use_dora 'True', which is not supported"),
         (lambda f: _edit(f, bias="all"), "has bias 'all'"),
@@ -493,9 +515,12 @@ A, B = (f"base_model.model.transformer.h.0.attn.c_attn.lora_{x}.weight" for x in
         (lambda f: _edit(f, alpha_pattern={"c_fc": 3}), "has alpha_pattern"),
         (lambda f: _edit(f, lora_alpha="x" * 1000), "has lora_alpha 'xxx"),
         (lambda f: _edit(f, lora_alpha=float("nan")), "has lora_alpha 'nan'"),
+        (lambda f: _edit(f, lora_alpha=10**400), "has lora_alpha '1000"),
+        (lambda f: ((f / lora.WEIGHTS).unlink(), (f / lora.WEIGHTS).mkdir()), "is not a file"),
+        (lambda f: _tensors(f, lambda t: {n: x.double() for n, x in t.items()}), "is 'F64': convert it to float32"),
         (lambda f: (f / lora.WEIGHTS).unlink(), "has no adapter_model.safetensors"),
-        (lambda f: (f / lora.WEIGHTS).write_bytes(b""), "is damaged or no safetensors file"),
-        (lambda f: (f / lora.WEIGHTS).write_bytes(b"\xff" * 64), "is damaged or no safetensors file"),
+        (lambda f: (f / lora.WEIGHTS).write_bytes(b""), "is not a complete safetensors file"),
+        (lambda f: (f / lora.WEIGHTS).write_bytes(b"\xff" * 64), "is not a complete safetensors file"),
         (lambda f: _tensors(f, lambda t: {}), "holds no tensors"),
         (
             lambda f: _tensors(f, lambda t: {n: x for n, x in t.items() if n != B}),

@@ -63,6 +63,8 @@ def test_config_refuses_unknown_keys_by_name():
         ({"embd_pdrop": "0.1"}, "embd_pdrop is a dropout probability"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon must be a number above 0"),
         ({"initializer_range": -0.02}, "initializer_range must be a number above 0"),
+        ({"layer_norm_epsilon": 1e30}, "layer_norm_epsilon must be a number above 0 and below 1e30"),
+        ({"initializer_range": 10**400}, "initializer_range must be a number above 0 and below 1e30"),
         ({"activation_function": "relu"}, "activation_function must be 'gelu_new' or 'gelu', got 'relu'"),
         ({"bias": 1}, "bias must be true or false"),
     ],

@@ -393,6 +393,20 @@ def test_incomplete_folder_of_shards_is_refused(tmp_path, fineweb):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_ids_without_a_header_are_no_shards(tmp_path, fineweb, tokenizer):
+    """nanoGPT's folder of data: the ids may be of any tokenizer."""
+    folder = tmp_path / "nanogpt"
+    folder.mkdir()
+    (folder / "input.txt").write_text(TEXT)
+    for name in ("train.bin", "val.bin"):
+        (folder / name).write_bytes(np.arange(2000, dtype="<u2").tobytes())
+    for source in (folder, folder / "train.bin"):
+        with pytest.raises(UserError, match=r"train\.bin has no header, as nanoGPT's: give the text .* input\.txt"):
+            open_source(source, tmp_path / "run", tokenizer)
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_folder_never_replaces_its_shards(tmp_path, fineweb):
     prepare(text_file(tmp_path), tmp_path / "tokens", "gpt2")
     for source in (tmp_path / "tokens", tmp_path / "tokens" / "train_000000.bin"):

@@ -273,6 +273,7 @@ class TestEveryTokenizer:
         ("{", "damaged"),
         ("[]", "damaged"),
         ("\x00\xff", "damaged"),
+        ("[" * 200_000, "damaged"),
         ('{"version": "1.0", "model": {}}', "damaged or not one of ours"),
         ('{"format": 1, "name": ["char"]}', "damaged"),
         ('{"format": 1, "name": "char"}', "damaged"),

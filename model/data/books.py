@@ -30,7 +30,8 @@ _END = re.compile(r"\s*\*\*\*\s*END OF TH(?:E|IS) PROJECT GUTENBERG E(?:BOOK|TEX
 def documents(source: Path) -> list[Path]:
     """The text files of a corpus: `source` itself if it is a file, else every *.txt under that folder, sorted.
 
-    In a folder, README files and names that begin with a dot are skipped.
+    In a folder, README files and names that begin with a dot are skipped. Links to folders are followed, and no folder
+    is read twice.
     """
     source = Path(source)
     if source.is_file():
@@ -43,9 +44,17 @@ def documents(source: Path) -> list[Path]:
     def fail(error: OSError) -> None:
         raise error  # os.walk would skip a folder that it cannot read
 
-    paths = []
-    for folder, subfolders, names in os.walk(source, onerror=fail):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    paths, seen = [], set()
+    for folder, subfolders, names in os.walk(source, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        # Links last and in order: of a folder and a link to it beside it, the folder names the files.
+        subfolders[:] = sorted(
+            (name for name in subfolders if not name.startswith(".")),
+            key=lambda name: (os.path.islink(os.path.join(folder, name)), name),
+        )
         paths += [Path(folder, name) for name in names if re.fullmatch(_TEXT_NAME, name, re.IGNORECASE)]
     paths = sorted(path for path in paths if path.is_file())
     if not paths:

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import secrets
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -92,7 +91,7 @@ def open_source(source: Path, folder: Path, tokenizer: str, *, skip_bad_shards: 
     _refuse_missing(entries, source)
     entries = {split: _check_shards(folder, entries[split], builder, skip=skip_bad_shards) for split in SPLITS}
     _refuse_missing(entries, source)  # all of a split may be bad
-    with files.new_folder(folder, _incomplete(folder)) as partial:
+    with files.new_folder(folder) as partial:
         _write_meta(partial, builder, meta, entries)
     return load(folder)
 
@@ -123,7 +122,7 @@ def prepare(
     tokenizer, documents, n_bytes = _survey(paths, tokenizer)
     if isinstance(tokenizer, str):
         tokenizer = _train_tokenizer(tokenizer, documents, 1 - val_fraction)
-    with files.new_folder(folder, _incomplete(folder)) as partial:
+    with files.new_folder(folder) as partial:
         texts = _split_documents(documents, 1 - val_fraction)
         written = _write_tokens(texts, tokenizer, partial, shard_tokens, n_bytes)
         entries = {s: _check_shards(partial, [{"path": path.name} for path in written[s]], tokenizer) for s in SPLITS}
@@ -175,7 +174,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
                 raise ValueError("shards")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is not a token folder: it has no {_META_FILE}; prepare the text again") from None
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{path} is damaged: prepare the text again") from None
     return meta
 
@@ -235,7 +234,10 @@ def _size_and_time(path: Path) -> tuple[int, int | None]:
 
 
 def _find_shards(source: Path) -> dict[str, list[Path]] | None:
-    """The shards of each split; None if `source` is neither a shard nor a folder of them."""
+    """The shards of each split; None if `source` is neither a shard nor a folder of them.
+
+    UserError if they are all ids alone, as nanoGPT writes them, which may be of any tokenizer.
+    """
     is_shard = source.is_file() and source.suffix == ".bin"
     folder = source.parent if is_shard else source
     paths = {split: sorted(p for p in folder.glob(f"*{split}*.bin") if p.name[0] != ".") for split in SPLITS}
@@ -245,6 +247,9 @@ def _find_shards(source: Path) -> dict[str, list[Path]] | None:
         return None
     if both := set(paths["train"]) & set(paths["val"]):
         raise UserError(f"{min(both)} is named as training and as validation data: choose another name")
+    found = sorted({*paths["train"], *paths["val"]})
+    if all(map(shards.is_headless, found)):
+        raise UserError(f"{found[0]} has no header, as nanoGPT's: give the text that it was made of, such as input.txt")
     return paths
 
 
@@ -256,12 +261,9 @@ def _refuse_missing(entries: dict[str, list[dict[str, Any]]], source: Path) -> N
 
 def _refuse_other_folders(folder: Path) -> None:
     """UserError if `folder` is anything but a token folder, which alone may be replaced."""
-    if folder.exists() and not (folder.is_dir() and all(_NAMES.fullmatch(path.name) for path in folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and all(map(_NAMES.fullmatch, files.names(folder)))):
         raise UserError(f"{folder} exists and is not a token folder: choose another name, or remove it")
-
-
-def _incomplete(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.incomplete-{secrets.token_hex(4)}")
+    files.refuse_fixed(folder)
 
 
 def _progress(label: str, n_bytes: int) -> LiveLine:

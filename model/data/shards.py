@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from model import files
 from model.cli import UserError
 
 HEADER_BYTES = 1024
@@ -83,10 +84,21 @@ class Shard:
             if (stat.st_size, stat.st_mtime_ns) != self.size_and_time:
                 advice = "resume the run: that compares its content with what it was"
                 raise UserError(f"{self.path} was changed while it was in use\n{advice}")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with files.named_errors(self.path):
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
             mapped.madvise(mmap.MADV_RANDOM)  # else a page fault reads up to megabytes around the page
         return np.frombuffer(mapped, self.dtype, self.tokens, HEADER_BYTES)
+
+
+def is_headless(path: Path) -> bool:
+    """Whether a file that can be read has something else than a magic number at its beginning."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError:
+        return False
+    return bool(magic) and int.from_bytes(magic, "little") not in _KINDS
 
 
 def scan(path: Path, id_bytes: np.ndarray, advance: Callable[[int], None] = lambda n_bytes: None) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def stored_options(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         advice = "; fine-tune an imported model with --init" * (folder / "checkpoints").is_dir()
         raise UserError(f"{folder} holds no run: there is no {CONFIG} in it{advice}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged, or of another version of this project: start a new run") from None
 
 
