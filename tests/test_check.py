@@ -171,6 +171,7 @@ def test_eager_paths_work_without_triton():
     assert done.stderr == "error: the kernels cannot run here: triton is not installed (it is published for Linux)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_triton_on_cpu_needs_the_interpreter():
     done = _python(

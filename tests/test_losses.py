@@ -203,7 +203,7 @@ def test_number_of_chunks_changes_only_rounding(device, monkeypatch):
 def test_logits_are_never_whole_in_memory(device, monkeypatch):
     """No buffer of forward or backward holds more than a chunk of 128 rows, the weight or the activations."""
     monkeypatch.setattr(module, "SCRATCH_BYTES", 0)
-    M, C, V = 300, 8, 500
+    M, C, V = 300, 8, 200
     x, w, targets = _linear_inputs(M, C, V, device)
     sizes = []
 
@@ -219,7 +219,7 @@ def test_logits_are_never_whole_in_memory(device, monkeypatch):
         sizes.clear()
         with Record():
             _gradients(backend, linear_cross_entropy, [x, w], targets)
-        assert max(sizes) == 128 * (512 if backend == "triton" else V)
+        assert max(sizes) == 128 * (256 if backend == "triton" else V)
     sizes.clear()
     with Record():
         _gradients("eager", linear_cross_entropy, [x.double(), w.double()], targets)

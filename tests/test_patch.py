@@ -123,8 +123,15 @@ def truth(case):
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(backend, dtype, marks=[pytest.mark.slow] * (backend == "triton" and dtype != torch.float32))
+        for backend in BACKENDS
+        for dtype in DTYPES
+    ],
+    ids=str,
+)
 def test_loss_and_every_gradient_obey_the_rule(backend, dtype, device, said):
     """Loss is one number, which theirs may hit by luck: over all cases."""
     losses = []
@@ -226,7 +233,7 @@ def test_other_classes(cls, device):
     expected = theirs(ids, attention_mask=mask)[0]
     seen = mask.bool() if cls is GPT2Model else slice(None)
     torch.testing.assert_close(got[seen], expected[seen], rtol=1e-4, atol=1e-4)
-    assert not ran.names or ran.names == EVERY_KERNEL - {"linear_cross_entropy"}
+    assert ran.names == (EVERY_KERNEL - {"linear_cross_entropy"} if "triton" in BACKENDS else set())
 
 
 def test_compiles_in_one_graph():

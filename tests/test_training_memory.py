@@ -160,8 +160,7 @@ def runs(monkeypatch):
         gc.collect()
         gc.freeze()
 
-    yield choose
-    gc.unfreeze()
+    return choose
 
 
 DROPOUT = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
