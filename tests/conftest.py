@@ -53,12 +53,8 @@ def device() -> torch.device:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """An empty working directory with a book in it, for runs of train.py; 40 characters are sample enough."""
-    from trainer import TEXT  # here, as these imports take seconds
+    """An empty working directory with a book in it, for runs of train.py."""
+    from trainer import settle  # here, as these imports take seconds
 
-    from model.training import summary
-
-    (tmp_path / "book.txt").write_text(TEXT)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(summary, "SAMPLE_TOKENS", 40)
+    settle(tmp_path, monkeypatch)
     return tmp_path

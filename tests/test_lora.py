@@ -18,7 +18,7 @@ from small_model import small_model, small_tokenizer
 from test_parallel import launch
 from test_resume import KILLED
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainer import ROOT, SMALL, TEXT, call, losses, refused, state
+from trainer import ROOT, SMALL, TEXT, call, losses, made_once, refused, state
 
 from kernels import use_backend
 from model import checkpoint, hf, lora
@@ -260,11 +260,15 @@ TUNE = shlex.split("""
 LORA = [*TUNE, *shlex.split("--lora-rank 4 --lora-dropout 0.1 --ema 0.9")]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return made_once(tmp_path_factory, "--steps", 20)
+
+
 @pytest.fixture
-def base(here):
+def base(made, here):
     (here / "other.txt").write_text(OTHER)
-    assert call(*SMALL, "--steps", 20, "--out", "base") == 0
-    return here / "base"
+    return shutil.copytree(made, here / "base")
 
 
 @pytest.mark.parametrize("options", [[], ["--optimizer", "muon", "--grad-accum", 2]], ids=["adamw", "muon"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -9,13 +10,14 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from trainer import ROOT, SMALL, call, losses, other_lr, refused, rows, snapshot, state
+from trainer import ROOT, SMALL, call, losses, made_once, other_lr, refused, rows, snapshot, state
 
 import model.training.log
 import model.training.step
@@ -207,17 +209,23 @@ def test_steps_that_fit_are_as_many_as_can_be(done, eval_every, save_every):
         assert seconds(steps + 1) > budget - 2.0  # a checkpoint in the last step counts twice at most
 
 
-def until(here, flags=()) -> tuple[Path, float]:
+@pytest.fixture(scope="module")
+def until(tmp_path_factory) -> Callable[..., tuple[Path, float]]:
     """A run of 40 steps, and its validation loss at step 20."""
-    assert call(*SMALL, *flags, "--steps", 40, "--out", "straight") == 0
-    found = {row["step"]: row["val_loss"] for row in rows(here / "straight") if row["val_loss"]}
-    assert found[10] > found[20] > found[30]
-    return here / "straight", found[20]
+
+    @functools.cache
+    def straight(*flags) -> tuple[Path, float]:
+        run = made_once(tmp_path_factory, *flags, "--steps", 40)
+        found = {row["step"]: row["val_loss"] for row in rows(run) if row["val_loss"]}
+        assert found[10] > found[20] > found[30]
+        return run, found[20]
+
+    return straight
 
 
 @pytest.mark.parametrize("flags", [[], ["--save-every", 1000], ["--ema", 0.9]], ids=["", "unsaved", "ema"])
-def test_until_loss_ends_at_the_first_low_evaluation(here, capsys, flags):
-    straight, loss = until(here, flags)
+def test_until_loss_ends_at_the_first_low_evaluation(until, here, capsys, flags):
+    straight, loss = until(*flags)
     command = [*SMALL, *flags, "--steps", 40, "--out", "run"]
     capsys.readouterr()
     assert call(*command, "--until-loss", loss) == 0
@@ -245,16 +253,16 @@ def test_until_loss_ends_at_the_first_low_evaluation(here, capsys, flags):
     assert losses(here / "run") == losses(straight) and state(here / "run", 40) == state(straight, 40)
 
 
-def test_killed_before_the_sample_at_the_loss_writes_it(here):
-    _, loss = until(here)
+def test_killed_before_the_sample_at_the_loss_writes_it(until, here):
+    _, loss = until()
     assert call(*SMALL, "--steps", 40, "--out", "run", "--until-loss", loss) == 0
     (here / "run/sample.txt").unlink()
     assert call("--resume", "run") == 0
     assert rows(here / "run")[-1]["step"] == 20 and (here / "run/sample.txt").exists()
 
 
-def test_first_of_minutes_and_loss_ends_the_run(here, capsys, ticking):
-    _, loss = until(here)
+def test_first_of_minutes_and_loss_ends_the_run(until, here, capsys, ticking):
+    _, loss = until()
     assert call(*SMALL, "--minutes", 2, "--until-loss", loss, "--out", "loss") == 0
     assert rows(here / "loss")[-1]["step"] <= 20 and rows(here / "loss")[-1]["reached"] == loss
     assert call(*SMALL, "--minutes", 1, "--until-loss", 0.01, "--out", "time") == 0

@@ -30,25 +30,37 @@ def _compiled(*argv):
 
 
 def _survey(folder, *options):
+    """The rows, of compiled kernels with what is wrong with them."""
     done = _compiled("-m", "bench", "static", *options, "--out", str(folder / "static.json"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode in (0, 1), done.stdout + done.stderr
     rows = json.loads((folder / "static.json").read_text())["rows"]
-    assert rows and not any(row["problem"] for row in rows)
+    assert rows and done.returncode == any(row["problem"] for row in rows), done.stdout + done.stderr
     return rows
+
+
+def _problems(rows):
+    return [(row["kernel"], row["arch"], row["config"], row["problem"]) for row in rows if row["problem"]]
+
+
+@pytest.fixture(scope="module")
+def surveyed(tmp_path_factory):
+    """Those of the benchmarks' shapes, which take a minute to compile."""
+    folder = tmp_path_factory.mktemp("survey")
+    return _survey(folder, "--arch", "80", "90", "100", "--dtype", "bfloat16", "--bench-only")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_launches_have_no_problem_on_any_architecture(tmp_path):
-    rows = _survey(tmp_path, "--arch", "80", "90", "100", "--dtype", "bfloat16", "--bench-only")
-    assert {row["arch"] for row in rows} == {80, 90, 100}
-    for row in rows:
+def test_launches_have_no_problem_on_any_architecture(surveyed):
+    assert not _problems(surveyed)
+    assert {row["arch"] for row in surveyed} == {80, 90, 100}
+    for row in surveyed:
         assert 0 < row["registers"] <= 255 and row["instructions"] > 0 and row["blocks_per_sm"] > 0
-    kinds = {(row["kernel"], row["arch"]): row["tensor_kind"] for row in rows}
+    kinds = {(row["kernel"], row["arch"]): row["tensor_kind"] for row in surveyed}
     for name in ("attention_fwd", "attention_dkv", "attention_dq"):
         assert kinds[name, 80] == "HMMA" and kinds[name, 90] == "HGMMA" and kinds[name, 100].startswith("UTC")
     # two blocks take turns on a multiprocessor: one's softmax runs beside the other's products
-    hopper = [row for row in rows if row["arch"] == 90 and row["tensor_kind"]]
+    hopper = [row for row in surveyed if row["arch"] == 90 and row["tensor_kind"]]
     assert all(row["blocks_per_sm"] >= 2 for row in hopper)
 
 
@@ -57,11 +69,12 @@ MARGIN = 0.03  # by which a loop may get longer or shorter before a change has t
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_inner_loops_are_as_long_as_recorded(tmp_path):
+def test_inner_loops_are_as_long_as_recorded(surveyed):
     """Of the benchmarks' shapes on sm_90. RECORD=1 records new ones, after a look at them."""
-    rows = _survey(tmp_path, "--arch", "90", "--dtype", "bfloat16", "--bench-only")
     now: dict[str, list] = {}
-    for row in rows:  # one configuration may be compiled for several kinds of strides
+    for row in (
+        row for row in surveyed if row["arch"] == 90
+    ):  # one configuration may be compiled for several kinds of strides
         now.setdefault(f"{row['kernel']} {row['config']}", []).append([loop["n"] for loop in row["loops"]])
     now = {name: sorted(lengths) for name, lengths in now.items()}
     if os.environ.get("RECORD"):
@@ -103,12 +116,13 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", all_specs())
-def test_what_the_check_launches_is_compiled_ahead(name):
+@pytest.mark.timeout(900)
+def test_what_the_check_launches_is_compiled_ahead():
     """And what a benchmark launches is what a few of its rows launch."""
-    done = _compiled("-c", AHEAD, name)
+    done = _compiled("-c", AHEAD, *all_specs())
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == len(all_specs()[name].cases)
+    printed = [line.split()[0] for line in done.stdout.splitlines()]
+    assert printed == [name for name, spec in all_specs().items() for _ in spec.cases]
 
 
 SPILLS = pytest.mark.xfail(strict=True, reason="needs attention tiles that do not spill on sm_86: now 8 to 32 bytes")
@@ -118,7 +132,7 @@ SPILLS = pytest.mark.xfail(strict=True, reason="needs attention tiles that do no
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("arch", ["80", pytest.param("86", marks=SPILLS), "90", "100", "120"])
 def test_no_launch_has_a_problem(arch, tmp_path):
-    _survey(tmp_path, "--arch", arch)
+    assert not _problems(_survey(tmp_path, "--arch", arch))
 
 
 def test_every_kernel_is_seen_by_the_survey():

@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
-from trainer import ROOT, SMALL, call, losses, other_lr, refused, rows
+from trainer import ROOT, SMALL, call, losses, made_once, other_lr, refused, rows
 
 from model.training import options
 from model.training.step import Step
@@ -106,13 +106,17 @@ def test_resumed_run_continues_under_its_name(here, monkeypatch, libraries, libr
     assert libraries[0][2].start.get("name") != first.start.get("name") or library == "tensorboard"
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return made_once(tmp_path_factory, "--steps", 20)
+
+
 @pytest.mark.parametrize("fails", [1, 3, 0], ids=["at once", "later", "at the end"])
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_failing_library_does_not_end_the_run(here, capsys, libraries, library, fails):
-    assert call(*SMALL, "--steps", 20, "--out", "straight") == 0
+def test_failing_library_does_not_end_the_run(straight, here, capsys, libraries, library, fails):
     libraries[1].append(fails)
     assert call(*SMALL, "--steps", 20, "--track", library, "--out", "run") == 0
-    assert losses(here / "run") == losses(here / "straight")
+    assert losses(here / "run") == losses(straight)
     out = capsys.readouterr().out
     why = "no route" if fails == 0 else "the server"
     warning = f"warning: --track {library} failed and is off until the run is resumed: {why}\n"

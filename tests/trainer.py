@@ -6,10 +6,12 @@ import json
 import shlex
 from pathlib import Path
 
+import pytest
 from commands import exit_code
 
 import train
 from model import checkpoint
+from model.training import summary
 from model.training.options import ALIASES, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +28,22 @@ def call(*argv) -> int:
     """The exit code of `python train.py ARGV`, in this process."""
     options = {"default": train.default_config, "aliases": ALIASES}
     return exit_code(train.main, TrainConfig, *argv, prog="train.py", **options)
+
+
+def settle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder, with a book in it; 40 characters are sample enough."""
+    (folder / "book.txt").write_text(TEXT)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(summary, "SAMPLE_TOKENS", 40)
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, *argv) -> Path:
+    """The run of SMALL and ARGV, for the tests of a module to copy."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        settle(folder, monkeypatch)
+        assert call(*SMALL, *argv, "--out", "run") == 0
+    return folder / "run"
 
 
 def rows(folder: Path) -> list[dict]:
