@@ -146,8 +146,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.log)
             signals = stack.enter_context(run_folder.signals())
-            stack.enter_context(profiling.memory_snapshot(self.folder, wanted=cfg.memory_snapshot))
-            profile_step = stack.enter_context(profiling.trace(self.folder, wanted=cfg.profile))
+            stack.enter_context(profiling.memory_snapshot(self.folder, wanted=cfg.memory_snapshot and world.rank == 0))
+            profile_step = stack.enter_context(profiling.trace(self.folder, wanted=cfg.profile and world.rank == 0))
             loader = data.Loader(
                 self.tokens.train, context=cfg.context, seed=cfg.seed, first_step=self.start_step, rows=self.rows,
                 micro_batch=self.micro_batch, device=world.device, num_workers=cfg.num_workers,
@@ -160,7 +160,8 @@ class Trainer:
             while step < (self.cfg.steps or math.inf) and not self.is_reached:
                 step += 1
                 idx, targets = next(loader)  # (A, B, T) int64 each, A micro-steps
-                if world.device.type == "cuda" and step == self.start_step + 1:
+                # DDP rearranges its buckets after its first backward pass, which is to be no step of a resumed run.
+                if step == self.start_step + 1 and (world.device.type == "cuda" or world.size > 1):
                     print(f"kernels ready in {self.train_step.warm_up(idx, targets):.1f} s", flush=True)
                 lr = self.cfg.lr_at(step)
                 self.train_step(idx, targets, step=step, lr=lr)
@@ -201,6 +202,7 @@ class Trainer:
                 if stop and not last:
                     self.log.line.print(f"stopped and saved at step {step}; resume: {resume_command(self.folder)}")
                     raise SystemExit(128 + signals.number())
+        self.train_step.release()
         if world.rank == 0:
             print_summary(self.cfg, self.folder, self.tokens, self.model, step, self.log.elapsed_s())
 
@@ -222,7 +224,7 @@ class Trainer:
             self.model.refresh_working_weights()
             val_loss = evaluate(
                 self.model, self.tokens.val, context=cfg.context, batch_size=self.batch_size,
-                max_windows=cfg.eval_windows, world=self.world,
+                max_windows=cfg.eval_windows, document_id=self.train_step.document_id, world=self.world,
             )  # fmt: skip
             val_loss, sample = parallel.broadcast(val_loss, self.world), None
             wanted = cfg.sample_tokens > 0 and math.isfinite(val_loss)
@@ -260,6 +262,7 @@ class Trainer:
                 lora=self.lora, tables=launch_tables(self.world.device),
             )  # fmt: skip
         self.saved_at = step
+        parallel.barrier(self.world)  # what comes next may be collectives on the device, with a shorter timeout
 
     def gather_state(self) -> dict[str, dict[str, Tensor]]:
         """All that changes from step to step, whole and on the CPU, in rank 0; collective."""

@@ -228,6 +228,14 @@ def remove_partial(run: Path) -> None:
         _clean(run / name)
 
 
+def remove_after(run: Path, step: int) -> None:
+    """Remove the checkpoints after `step`, from which the run is resumed: the metrics after it are removed as well."""
+    for folder in _folders(run / "checkpoints"):
+        if folder.name > _name(step):
+            _discard(folder)
+    _remove_temporary(run / "checkpoints")
+
+
 def list_checkpoints(run: Path) -> list[str]:
     """The names of the complete checkpoints of a run, oldest first."""
     return [folder.name for folder in _folders(run / "checkpoints")]

@@ -153,7 +153,8 @@ class Decoder:
         if full := [slot for slot, length in enumerate(self.lengths) if length == S]:
             self.cache.clear(torch.tensor(full, device=self.device))
         self.lengths = [length % S for length in self.lengths]
-        self.cache.length = max(self.lengths)
+        # Not 0, where all were full: that is the path of a prompt, which a graph does not record.
+        self.cache.length = max(1, *self.lengths) if S > 1 else 0
         self.lengths = [length + 1 for length in self.lengths]
 
     def _supply_uniforms(self) -> None:

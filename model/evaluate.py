@@ -33,11 +33,11 @@ import numpy as np
 import torch
 import tyro
 
-from model import choices, data, quantize
+from model import checkpoint, choices, data, quantize
 from model.cli import LiveLine, UserError, pick_device, run
 from model.data.loader import count_windows
 from model.data.shards import Tokens
-from model.gpt import GPT, IGNORE_INDEX
+from model.gpt import GPT, IGNORE_INDEX, number_documents
 from model.lora import load_model
 from model.quantize import Weights
 from model.tokenizer import Tokenizer
@@ -54,13 +54,15 @@ def evaluate(
     batch_size: int,
     max_windows: int | None = None,
     stride: int | None = None,
+    document_id: int | None = None,
     world: World | None = None,
     advance: Callable[[int], None] = lambda windows: None,
 ) -> float:
     """Mean loss in nats of `model` over `tokens`, (n,) ids.
 
     max_windows: at most so many windows of `context` tokens, spread evenly over the text and always the same. stride:
-    from window to window, `context` by default; see the top of the file. The model is in evaluation mode meanwhile.
+    from window to window, `context` by default; see the top of the file. document_id: the token between documents, for
+    a model trained with attention inside each alone. The model is in evaluation mode meanwhile.
     world: processes that share the batches; all get the mean of all. advance: called with the number of windows done
     since the last call. Raises UserError for fewer than two tokens, and for a stride outside 1 to `context`.
     """
@@ -72,7 +74,8 @@ def evaluate(
     try:
         batches = data.windows(tokens, context, batch_size, max_windows, stride)
         for (idx, targets), counts in parallel.shard_batches(batches, world):
-            _, loss = model(idx.to(device), targets.to(device))
+            idx = idx.to(device)
+            _, loss = model(idx, targets.to(device), documents=number_documents(idx, document_id))
             if counts:
                 n = int((targets != IGNORE_INDEX).sum())
                 total += torch.stack([loss.double() * n, torch.full_like(total[1], n)])
@@ -147,6 +150,7 @@ def _forms(model: GPT, weights: Weights) -> Iterator[Weights]:
 
 def _measure_text(cfg: EvaluateConfig, model: GPT, tokenizer: Tokenizer) -> None:
     context = model.config.n_positions
+    options = checkpoint.read_state(cfg.run, cfg.checkpoint)["config"]
     losses: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         if cfg.data is None:
@@ -163,7 +167,8 @@ def _measure_text(cfg: EvaluateConfig, model: GPT, tokenizer: Tokenizer) -> None
             for form in _forms(model, cfg.weights):
                 losses[form] = evaluate(
                     model, tokens, context=context, batch_size=cfg.batch_size, max_windows=cfg.max_windows,
-                    stride=cfg.stride, advance=line.advance,
+                    stride=cfg.stride, document_id=tokenizer.eot_id if options.get("document_mask") else None,
+                    advance=line.advance,
                 )  # fmt: skip
                 _check_finite(losses[form])
     if cfg.json:

@@ -49,6 +49,14 @@ from model.kv_cache import KVCache
 IGNORE_INDEX = -100  # a target that the loss ignores
 
 
+def number_documents(idx: Tensor, document_id: int | None) -> Tensor | None:
+    """idx: (B, T) -> the number of each token's document in its row, (B, T); None where document_id is None.
+
+    document_id: the token that begins a document.
+    """
+    return None if document_id is None else (idx == document_id).cumsum(1)
+
+
 class GPT(nn.Module):
     """The language model. Parameters float32; activations and logits in `dtype`; loss float32 (float64 in float64)."""
 

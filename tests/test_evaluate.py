@@ -86,7 +86,9 @@ def test_progress_counts_every_window(model, options):
 def test_max_windows_are_few_spread_and_always_the_same(model, monkeypatch):
     seen = []
     forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda self, idx, targets: seen.append(idx) or forward(self, idx, targets))
+    monkeypatch.setattr(
+        GPT, "forward", lambda self, idx, *args, **kw: seen.append(idx) or forward(self, idx, *args, **kw)
+    )
     first = evaluate(model, TOKENS, context=T, batch_size=2, max_windows=5)
     assert [len(idx) for idx in seen] == [2, 2, 1]
     assert first == pytest.approx(evaluate(model, TOKENS, context=T, batch_size=4, max_windows=5), rel=1e-6)
@@ -107,7 +109,7 @@ def test_mode_and_random_state_are_as_before(model, training, monkeypatch):
     assert model.training is training
     assert torch.equal(before, torch.get_rng_state())
 
-    def broken(*args):
+    def broken(*args, **kw):
         raise ZeroDivisionError
 
     monkeypatch.setattr(GPT, "forward", broken)
@@ -119,7 +121,9 @@ def test_mode_and_random_state_are_as_before(model, training, monkeypatch):
 def test_nothing_is_kept_for_a_backward_pass(model, monkeypatch):
     seen = []
     forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda *args: seen.append(torch.is_grad_enabled()) or forward(*args))
+    monkeypatch.setattr(
+        GPT, "forward", lambda *args, **kw: seen.append(torch.is_grad_enabled()) or forward(*args, **kw)
+    )
     evaluate(model, TOKENS, context=T, batch_size=100)
     assert seen == [False]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -341,7 +342,26 @@ def test_warm_up_changes_nothing():
 # Without a GPU: what a CUDA graph would record is called as often, and on the same buffers
 
 
-def test_graph_is_captured_once_and_replayed(monkeypatch):
+@pytest.fixture
+def events(monkeypatch):
+    """What is done with the events of a device, by their number."""
+    log, numbers = [], itertools.count(1)
+
+    class Event:
+        def __init__(self):
+            self.number = next(numbers)
+
+        def record(self):
+            log.append(("record", self.number))
+
+        def synchronize(self):
+            log.append(("wait", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return log
+
+
+def test_graph_is_captured_once_and_replayed(monkeypatch, events):
     graphed, eager = build(DROPOUT, graph=True), build(DROPOUT)
 
     class Graph:
@@ -362,9 +382,16 @@ def test_graph_is_captured_once_and_replayed(monkeypatch):
     monkeypatch.setattr(graphed, "_capture", capture)
     assert run(graphed, 8) == run(eager, 8)
     assert captures == [4] and equal(weights(graphed), weights(eager))
+    # at most two steps ahead of the device
+    waits = [[("wait", n), ("record", n + 2)] for n in (1, 2, 3)]
+    assert events == [("record", 1), ("record", 2), *itertools.chain(*waits)]
+    graphed.release()
+    assert graphed.graph is None
+    run(graphed, 1)
+    assert captures == [4]
 
 
-def test_captured_batch_is_that_of_the_eager_steps(monkeypatch):
+def test_captured_batch_is_that_of_the_eager_steps(monkeypatch, events):
     """In one memory, aligned as the loader's: targets of an odd number of tokens lie 8 bytes off, and stay there."""
     step, places = build(graph=True), []
     monkeypatch.setattr(step, "_capture", lambda *batch: setattr(step, "graph", SimpleNamespace(replay=list)))

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import exit_code
 from trainer import SMALL, TEXT, call, losses, refused, rows, state
 
 import model.training.log
 import model.training.step
 import train
-from model import checkpoint, config, data
+from model import checkpoint, config, data, evaluate
 from model.cli import UserError, run
 from model.generate import generate
 from model.gpt import GPT
@@ -302,6 +303,33 @@ def with_spike(monkeypatch, at: int) -> None:
         return logits, loss
 
     monkeypatch.setattr(GPT, "forward", spoil)
+
+
+def test_documents_are_apart_in_validation_too(here, capsys):
+    (here / "books").mkdir()
+    for i in range(60):
+        (here / f"books/{i:02}.txt").write_text(f"The dog {i} sat by the log, and the cat sat on the mat.\n")
+    assert call(*SMALL, "--data", "books", "--document-mask", "--steps", 10) == 0
+    folder = here / "runs/tiny"
+    (loss,) = [row["val_loss"] for row in rows(folder) if row["val_loss"] is not None]
+    trained, tokenizer = checkpoint.load_model(folder, name="last")
+    val = data.load(folder / "data").val
+    measured = [
+        evaluate.evaluate(trained, val, context=16, batch_size=4, max_windows=12, document_id=document_id)
+        for document_id in (tokenizer.eot_id, None)
+    ]
+    assert measured[0] == pytest.approx(loss, rel=1e-5) != pytest.approx(measured[1], rel=1e-5)
+    capsys.readouterr()
+    assert exit_code(evaluate.main, evaluate.EvaluateConfig, "runs/tiny", "--max-windows", 12, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["results"]["float32"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_many_micro_steps_are_no_graph():
+    world = parallel.World(0, 1, 0, torch.device("cuda", 0))
+    tiny = preset("tiny")  # 4 layers
+    few, many = (replace(tiny, grad_accum=n) for n in (256, 257))
+    wanted = [cfg.uses_graph(world) for cfg in (few, many, replace(many, graph="on"), replace(few, graph="off"))]
+    assert wanted == [True, False, True, False]
 
 
 def test_spike_is_skipped(here, monkeypatch):

@@ -16,6 +16,7 @@ from model import checkpoint, files
 from model.cli import UserError
 from model.gpt import GPT
 from model.training.failure import torch_errors_as_user_errors
+from model.training.options import TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,30 @@ def test_non_finite_values_never_reach_the_weights(here, capsys, monkeypatch, sp
         assert all(value is None or math.isfinite(value) for value in row.values())
 
 
+def test_restart_resumes_from_the_last_checkpoint(here, monkeypatch):
+    """Not from the one that its first attempt was told to resume from; that has removed those after it."""
+    lr, left, seen = TrainConfig.lr_at, [22, 32], []
+
+    def lr_at(self, step):
+        seen.append(step)
+        if step in left:
+            left.remove(step)
+            raise ZeroDivisionError
+        return lr(self, step)
+
+    assert call(*SMALL, "--steps", 30) == 0
+    monkeypatch.setattr(TrainConfig, "lr_at", lr_at)
+    resume = ("--resume", "runs/tiny", "--checkpoint", "step-00000020", "--steps", 40)
+    with pytest.raises(ZeroDivisionError):
+        call(*resume)
+    assert checkpoint.list_checkpoints(here / "runs/tiny") == ["step-00000020"]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(ZeroDivisionError):
+        call(*resume)
+    seen.clear()
+    assert call(*resume) == 0 and seen[0] == 31
+
+
 def test_failure_in_the_first_step_is_saved(here, capsys, monkeypatch):
     forward = GPT.forward
 
@@ -206,6 +231,24 @@ def test_failure_in_the_first_step_is_saved(here, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert "not finite at step 1:" in err and "no checkpoint was saved yet" in err
     assert checkpoint.load(here / "runs/tiny", "failed").state["details"]["processes"][0]["losses"] == ["nan"]
+
+
+def test_failure_is_saved_where_the_diagnosis_fails(here, capsys, monkeypatch):
+    forward = GPT.forward
+
+    def spoil(self, idx, targets=None, **options):
+        if torch.is_grad_enabled() and any(module._forward_hooks for module in self.modules()):
+            raise torch.OutOfMemoryError("CUDA out of memory\nTried to allocate")  # it is looked at once more
+        logits, loss = forward(self, idx, targets, **options)
+        return logits, loss * math.nan if self.training else loss
+
+    monkeypatch.setattr(GPT, "forward", spoil)
+    assert call(*SMALL, "--steps", 5) == 1
+    assert "not finite at step 1:" in capsys.readouterr().err
+    (found,) = checkpoint.load(here / "runs/tiny", "failed").state["details"]["processes"]
+    assert found == {"rows": [0, 4], "diagnosis": "failed: CUDA out of memory"}
+    assert call("--resume", "runs/tiny", "--checkpoint", "failed") == 2
+    assert "--checkpoint failed is the state before a step that went wrong" in capsys.readouterr().err
 
 
 def test_diverging_learning_rate_gives_advice(here, capsys):

@@ -49,11 +49,16 @@ def stop_diverged(
     that step, whole in rank 0. lora: as for checkpoint.save.
     """
     number, world, (rows, micro_batch) = int(step.guard.bad_step), step.world, batch
+    step.release()  # `diagnose` needs the memory
     idx_targets = data.get_batch(tokens, context=cfg.context, seed=cfg.seed, step=number - 1, rows=rows)
     idx, targets = (t.view(-1, micro_batch, cfg.context).to(world.device) for t in idx_targets)
     is_spike = int(step.guard.cause) == SPIKE
     problem = f"loss or gradient {'stands out from the steps before' if is_spike else 'is not finite'}"
-    rank = {"rows": [rows.start, rows.stop], **diagnose(step, idx, targets, number)}
+    try:
+        found = diagnose(step, idx, targets, number)
+    except RuntimeError as error:  # the state before the step matters more
+        found = {"diagnosis": f"failed: {str(error).splitlines()[0]}"}
+    rank = {"rows": [rows.start, rows.stop], **found}
     details = {
         "step": number,
         "problem": problem,
@@ -61,10 +66,15 @@ def stop_diverged(
         "seed": cfg.seed,
         "processes": parallel.all_gather_object(rank, world),
     }
+    options, config = cfg.run_options(), step.model.config
+    failure = None
+    if world.rank == 0:
+        failure = checkpoint.save_failure(
+            run, number - 1, parts, config=options, model=config, details=details, lora=lora
+        )
+    parallel.barrier(world)  # torchrun stops the others soon after one has ended
     if world.rank > 0:
         raise SystemExit(Diverged.exit_code)
-    options, config = cfg.run_options(), step.model.config
-    failure = checkpoint.save_failure(run, number - 1, parts, config=options, model=config, details=details, lora=lora)
     raise Diverged(
         f"{problem} at step {number}: the run has ended, and the weights are those before it",
         run,

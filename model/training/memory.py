@@ -22,7 +22,7 @@ from model.config import GPTConfig
 from model.lora import LoraConfig
 from model.training.flops import parameters
 from model.training.options import TrainConfig
-from model.training.parallel import World
+from model.training.parallel import World, all_gather_object
 
 Backend = Literal["triton", "eager"]
 _LARGE_CARD = 64 * SCRATCH_BYTES  # from here on the scratch of the logits is at its largest
@@ -477,6 +477,7 @@ def fit_batch(cfg: TrainConfig, config: GPTConfig, world: World, sequences: int)
     if cfg.batch_size != "auto":
         return cfg
     model, limit = memory_model(cfg, config, world)
+    limit = min(all_gather_object(limit, world))  # all processes take the same batches
     fits = model.fit(sequences // world.size, limit)
     if not fits:
         raise UserError(out_of_memory(model, limit, 1, sequences))

@@ -101,7 +101,9 @@ class TrainConfig:
     dtype: Dtype = "auto"  # of activations; auto: by the GPU's capability
     backend: Literal["auto", "triton", "eager"] = "auto"  # kernels: our own in Triton, or PyTorch's
     compile: bool = False  # torch.compile the model: minutes at the start, faster steps
-    graph: Literal["auto", "on", "off"] = "auto"  # the whole step as one CUDA graph; auto: on one GPU
+    graph: Literal["auto", "on", "off"] = (
+        "auto"  # the whole step as one CUDA graph; auto: on one GPU, unless there are many micro-steps
+    )
     recompute: bool = False  # activation checkpointing: less memory, slower steps
     parallel: Literal["ddp", "fsdp"] = "ddp"  # with torchrun: every process holds all weights, or a shard of them
     num_workers: int = 2  # threads that read tokens ahead
@@ -121,7 +123,12 @@ class TrainConfig:
         return batch_size * self.grad_accum
 
     def uses_graph(self, world: World) -> bool:
-        return world.device.type == "cuda" and world.size == 1 and self.graph != "off"
+        is_small = self.grad_accum * self.n_layer <= GRAPH_BLOCKS
+        return (
+            world.device.type == "cuda"
+            and world.size == 1
+            and (self.graph == "on" or (self.graph == "auto" and is_small))
+        )
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         return GPTConfig(
@@ -227,6 +234,9 @@ class TrainConfig:
         impossible = {
             "--dtype tf32 is a format of NVIDIA GPUs: use --dtype float32": self.dtype == "tf32" and not cuda,
             "--memory-snapshot records a GPU's memory, and this is a CPU: omit it": self.memory_snapshot and not cuda,
+            f"--checkpoint {self.checkpoint} is the state before a step that went wrong: resume from another one": (
+                self.resume is not None and self.checkpoint.split("/")[0] == "failed"
+            ),
             "--graph on needs a CUDA device: omit it": self.graph == "on" and not cuda,
             "--graph on is for one process: omit it with torchrun": self.graph == "on" and several,
             "--parallel fsdp needs several processes: start it with torchrun": fsdp and not several,
@@ -260,6 +270,9 @@ class TrainConfig:
             )
 
 
+# Layers times micro-steps that `--graph auto` records: the driver keeps memory for each kernel of a graph, and no
+# prediction counts it.
+GRAPH_BLOCKS = 1024
 OF_INIT = "of --init"  # the tokenizer of a run that begins with another model
 PER_INVOCATION = ("out", "resume", "checkpoint", "or_resume", "force")  # not stored with the run
 RESUMABLE = (

@@ -41,10 +41,12 @@ class Run:
 @contextlib.contextmanager
 def open_run(cfg: TrainConfig, world: World) -> Iterator[Run | None]:
     """Resume --resume, or --out if this is a restart and it has a checkpoint, or start anew. None: it is finished."""
-    restart = cfg.or_resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restart = cfg.or_resume or is_restarted
     with contextlib.ExitStack() as stack:
         if cfg.resume is not None:
-            yield _resume(cfg, world, cfg.resume, stack)
+            # Its first attempt has removed the checkpoints after the one that was asked for.
+            yield _resume(replace(cfg, checkpoint="last") if is_restarted else cfg, world, cfg.resume, stack)
         elif restart and cfg.out is not None and checkpoint.list_checkpoints(cfg.out):
             yield _resume(replace(cfg, out=None), world, cfg.out, stack)
         else:
@@ -98,6 +100,7 @@ def _resume(cfg: TrainConfig, world: World, folder: Path, stack: contextlib.Exit
     weights.check_saved(cfg, cfg.gpt_config(tokens.tokenizer.n_vocab), saved)
     base = weights.load_base(cfg, saved)
     if world.rank == 0:
+        checkpoint.remove_after(folder, done)
         (folder / SAMPLE).unlink(missing_ok=True)  # it is written when the run is finished
         run_folder.truncate_metrics(folder, done, keep_validation=not to_validate)
     return Run(folder, tokens, stored.sequences, steps, plan, saved, to_validate, base)

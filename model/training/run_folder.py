@@ -82,9 +82,11 @@ def lock(folder: Path) -> Iterator[None]:
     except Timeout:
         holder = path.read_text().strip() or "?"
         raise UserError(f"{folder} is being trained by process {holder}: wait for it, or stop it") from None
-    with held:
+    try:
         path.write_text(f"{os.getpid()}\n")
         yield
+    finally:
+        held.release()
 
 
 def resume_command(folder: Path) -> str:
@@ -93,7 +95,7 @@ def resume_command(folder: Path) -> str:
 
 def store_config(folder: Path, options: dict[str, Any], model: GPTConfig) -> None:
     content = {"train": options, "model": model.to_dict()}
-    files.write_atomic(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+    files.write_atomic(folder / CONFIG, json.dumps(content, indent=2) + "\n", durable=True)
 
 
 def stored_options(folder: Path) -> dict[str, Any]:

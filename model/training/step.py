@@ -11,6 +11,7 @@ skipped is decided on the device (`Guard`). The host may read the decision later
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Literal
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import no_compilation
-from model.gpt import GPT, IGNORE_INDEX
+from model.gpt import GPT, IGNORE_INDEX, number_documents
 from model.lora import LoraLinear
 from model.training import parallel
 from model.training.optim import EMA, set_lr
@@ -28,6 +29,7 @@ from model.training.parallel import World
 WINDOW = 128  # steps that a spike is compared with, as in llm.c's outlier detector
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of the loss in float16: torch.amp.GradScaler's defaults
 EAGER_STEPS = 3  # before a CUDA graph is captured: libraries initialise in them
+AHEAD = 2  # steps that may be queued on the device
 Spikes = Literal["off", "skip", "stop"]
 NOT_FINITE, SPIKE = 1, 2  # causes that end a run
 
@@ -141,6 +143,7 @@ class Step:
         self.batch: Tensor | None = None  # (2, A, B, T): the tokens and targets that the graph reads
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager_steps = 0
+        self.replays: deque[torch.cuda.Event] = deque()  # of the last steps
 
     def __call__(self, idx: Tensor, targets: Tensor, *, step: int, lr: float) -> None:
         """idx, targets: (A, B, T) int64, A micro-steps. step: number of the step, from 1. lr: learning rate."""
@@ -155,7 +158,7 @@ class Step:
             self._run(idx, targets)
             self.eager_steps += 1
         else:
-            self.graph.replay()
+            self._replay(self.graph)
 
     def seed_dropout(self, step: int) -> None:
         """Seed the generator that dropout draws from; torch.manual_seed would visit those of all backends."""
@@ -198,8 +201,7 @@ class Step:
         return parallel.sum_all(total, self.world) / self.world.size
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:  # (B, T) int64 each -> loss, ()
-        documents = None if self.document_id is None else (idx == self.document_id).cumsum(1)  # (B, T)
-        return self.module(idx, targets, documents=documents)[1]
+        return self.module(idx, targets, documents=number_documents(idx, self.document_id))[1]
 
     def _static(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The batch in the memory that the graph reads, laid out as the loader's.
@@ -220,6 +222,21 @@ class Step:
         with no_compilation(), torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             self._run(idx, targets)
         self.graph = graph
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Replay at most AHEAD steps ahead of the device: signals and the deadline are looked at between steps."""
+        if len(self.replays) == AHEAD:
+            self.replays.popleft().synchronize()
+        graph.replay()
+        event = torch.cuda.Event()
+        event.record()
+        self.replays.append(event)
+
+    def release(self) -> None:
+        """Free the graph and the memory of a step that it keeps: for what comes after the last step."""
+        self.graph, self.uses_graph = None, False
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def warm_up(self, idx: Tensor, targets: Tensor) -> float:
         """Run forward and backward once, only to compile the kernels -> seconds."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import torch
+
 from model import checkpoint, files
 from model.cli import UserError, clock
 from model.data import TokenData
@@ -21,12 +23,13 @@ SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 500, 0.6
 
 
 def print_summary(cfg: TrainConfig, folder: Path, tokens: TokenData, model: GPT, steps: int, elapsed_s: float) -> None:
-    """Write SAMPLE with the best weights, on the device and in the dtype of `model`; print their loss.
+    """Write SAMPLE with the best weights, in the dtype of `model` and on its device; print their loss.
 
     steps, elapsed_s: how long the run took.
     """
-    best = checkpoint.load(folder, "best").state
-    device = next(model.parameters()).device
+    best = checkpoint.read_state(folder, "best")
+    # A sharded model need not fit on one device.
+    device = torch.device("cpu") if cfg.parallel == "fsdp" else next(model.parameters()).device
     best_model, tokenizer = load_model(folder, device, name="best", dtype=model.dtype)
     prompt, sample = write_sample(best_model, tokenizer, tokens=SAMPLE_TOKENS, seed=cfg.seed)
     files.write_atomic(folder / SAMPLE, sample + "\n")
