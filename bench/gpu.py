@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,10 +215,16 @@ def plan(result: _check.CheckResult, roofs: roofline.Roofs) -> list[Job]:
         run = functools.partial(measurement.run, device, report, roofs, part=part, gate=gate)
         return job(f"{name} {timed}, {what}", 30, run)
 
-    def train(batch: int, cap: float, providers: tuple[str, ...]) -> Job:
+    def train(batch: int, cap: float, providers: tuple[str, ...], **about: str) -> Job:
+        """about: what tells a group from another one of the same batch."""
         step = Train(batch=(batch,), dtype="bfloat16", provider=providers, seconds=2.0)
         name = f"training gpt2, batch {batch}: {', '.join(providers)}"
-        return job(name, cap, functools.partial(step.groups, device, report))
+
+        def groups() -> Iterator[list[Row]]:
+            for rows in step.groups(device, report):
+                yield [replace(row, params={**row.params, **about}) for row in rows]
+
+        return job(name, cap, groups)
 
     def write(batch: int) -> Job:
         texts = Generate(batch=(batch,), dtype="bfloat16", seconds=1.5)
@@ -237,7 +243,7 @@ def plan(result: _check.CheckResult, roofs: roofline.Roofs) -> list[Job]:
         train(16, 120, everyone),
         *(kernel(name, torch.bfloat16, slice(1, None)) for name in names),
         *(kernel(name, dtype) for dtype in (torch.float16, torch.float32) for name in names),
-        train(64, 180, compiled),
+        train(64, 180, compiled, operators="of peers"),
         train(32, 60, core),
     ]
 
@@ -251,7 +257,8 @@ def summary(report: Report, result: _check.CheckResult, most: int = 55) -> list[
             groups.setdefault((row.kind, row.group), []).append(row)
     for (kind, group), rows in groups.items():
         own = min((r for r in rows if r.provider.startswith("triton")), key=Row.ms, default=None)
-        best = min((r for r in rows if not r.provider.startswith(("triton", "untuned", "+"))), key=Row.ms, default=None)
+        others = (r for r in rows if not r.provider.startswith(("triton", "+", *peers.OWN)))
+        best = min(others, key=Row.ms, default=None)
         if own:
             other = (
                 f"  best other {best.provider} {best.ms():.3f} ms, {best.ms() / own.ms():.2f} x ours" if best else ""

@@ -222,7 +222,8 @@ class _Case:
         moved, work, floor = _of_mode(*self.moved, mode), _of_mode(*self.spec.flops(self.case), mode), self._floor(mode)
 
         def metrics(provider: str, seconds: float) -> dict[str, float]:
-            values = {"gb_per_s": moved / seconds / 1e9, "floor": floor / seconds, "floor_ms": floor * 1e3}
+            values = {"gb_per_s": moved / seconds / 1e9}
+            values |= {"floor": floor / seconds, "floor_ms": floor * 1e3} if floor else {}
             values |= {"bytes": moved, "flops": work} | ({"tflop_per_s": work / seconds / 1e12} if work else {})
             return values | ({"peak_mib": peaks[provider]} if provider in peaks else {})
 

@@ -36,6 +36,7 @@ from kernels._triton import INTERPRET
 Function = Callable[..., Any]
 Tensors = Mapping[str, Tensor]
 
+OWN = ("untuned", "trainer", "hf+patch")  # our kernels under other names
 OURS = ("triton", "untuned", "eager", "compile")
 NOTES = {
     "eager decode_attention": "on a GPU it cleans the whole cache, because it may not look at the lengths",

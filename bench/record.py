@@ -158,11 +158,14 @@ class Report:
         return cls({"device": device, **machine}, data.get("commit_info") or {}, data["datetime"], rows=rows)
 
 
+BESIDE = ("check.json", "tuned.json")  # what `bench gpu` writes beside its report
+
+
 def read_reports(paths: Iterable[Path]) -> dict[Path, Report]:
     """Reports by file, from files and from folders that hold some. UserError for a folder without any."""
     files: list[Path] = []
     for path in paths:
-        inside = sorted(p for p in path.rglob("*.json") if p.name != "check.json") if path.is_dir() else [path]
+        inside = sorted(p for p in path.rglob("*.json") if p.name not in BESIDE) if path.is_dir() else [path]
         if not inside:
             raise UserError(f"there is no report in {path}: write one with `python -m bench kernels --out FILE`")
         files += inside

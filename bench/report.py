@@ -16,6 +16,7 @@ from typing import Any
 from markupsafe import Markup
 
 from bench import charts, tables
+from bench.peers import OWN
 from bench.record import CONTROL, Report, Row
 from bench.tables import Group, percent, times
 from model.cli import UserError
@@ -255,7 +256,7 @@ def _readme_kernels(report: Report) -> list[Table]:
         return times(tables.ratio(group.rows[name], group.rows[us]).mid) if both else NONE
 
     def fastest(group: Group) -> str:
-        others = {n: r for n, r in group.rows.items() if n not in (us, "eager", "compile")}
+        others = {n: r for n, r in group.rows.items() if n not in (us, "eager", "compile", *OWN)}
         name = min(others, key=lambda name: others[name].ms(), default="")
         return f"{against(group, name)} {name}" if name else NONE
 

@@ -58,8 +58,9 @@ class Roofs:
 def measure(device: torch.device, dtypes: Iterable[torch.dtype], *, seconds: float = 0.05) -> Roofs:
     """Measure the roofs of a device: about `seconds` for each size of a copy and of a product.
 
-    The shortest sample counts, and a size that took longer than a larger one gets the time of that one. Sizes that do
-    not fit in memory are skipped, and dtypes without a product.
+    By the clock that shows the device alone, where there is one. The shortest sample counts, and a size that took
+    longer than a larger one gets the time of that one. Sizes that do not fit in memory are skipped, and dtypes without
+    a product.
     """
     sizes = [_SMALLEST_COPY]
     while sizes[-1] < _LARGEST_COPY[device.type]:
@@ -84,7 +85,7 @@ def _product_rate(dtype: torch.dtype, device: torch.device, seconds: float) -> f
 
 
 def _shortest(makers: dict[str, timing.Maker], device: torch.device, seconds: float) -> dict[str, float]:
-    measured = timing.measure(makers, device, timing.clocks(device)[0], seconds=seconds)
+    measured = timing.measure(makers, device, timing.clocks(device)[-1], seconds=seconds)
     return {name: min(measured.seconds[name]) for name in makers if name in measured.seconds}
 
 

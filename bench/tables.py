@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.peers import STEP_PEERS
+from bench.peers import OWN, STEP_PEERS
 from bench.record import CONTROL, LADDER, Report, Row, params_text
 from model.report.charts import NONE, num
 from model.report.pages import SYMBOLS, Cell, Table, cell, table
@@ -149,7 +149,8 @@ def _speed(group: Group, provider: str, base: str) -> Cell:
     if provider == base or provider not in group.rows or base not in group.rows:
         return Cell(NONE)
     r = ratio(group.rows[base], group.rows[provider])
-    return Cell("", r.mid, times(r.mid), mark=r.mark)
+    in_turn = group.metric(provider, "interleaved") != 0  # else rounds of the two do not belong together
+    return Cell("", r.mid, times(r.mid), mark=r.mark if in_turn else "")
 
 
 def _called(provider: str, us: str) -> str:
@@ -367,9 +368,9 @@ def facts(report: Report) -> list[tuple[str, str]]:
 
 
 def copy_rate(report: Report) -> float | None:
-    """The highest measured rate of a copy on this device, bytes (read and written) a second."""
-    copies = report.method.get("roofs", {}).get("copy", {})
-    return max((int(size) / seconds for size, seconds in copies.items()), default=None)
+    """The rate of the largest copy on this device, which no cache holds: bytes (read and written) a second."""
+    copies = {int(size): seconds for size, seconds in report.method.get("roofs", {}).get("copy", {}).items()}
+    return max(copies) / copies[max(copies)] if copies else None
 
 
 def flop_rates(report: Report) -> dict[str, float]:
@@ -397,7 +398,8 @@ def highlights(report: Report) -> list[tuple[str, str]]:
     """The main figures of a report: (value, meaning). Losses count like wins."""
     us, pairs = ours(report), []
     for (clock,), members in split(groups(report, "kernels")).items() if us != "eager" else ():
-        marks = [ratio(r, g.rows[us]).mark for g in members if us in g.rows for p, r in g.rows.items() if p != us]
+        played = [group.rows for group in members if us in group.rows]
+        marks = [ratio(row, rows[us]).mark for rows in played for p, row in rows.items() if p not in (us, *OWN)]
         if marks:
             words = f"comparisons of kernels won by {us}, {marks.count('loss')} lost ({clock})"
             pairs.append((f"{marks.count('win')} of {len(marks)}", words))

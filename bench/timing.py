@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -82,7 +83,10 @@ def clocks(device: torch.device) -> tuple[str, ...]:
 
 
 def measure(makers: Mapping[str, Maker], device: torch.device, clock: str, *, seconds: float = 0.5) -> Measured:
-    """Time each provider and the control for about `seconds`, in turn, so that a drifting clock affects all alike."""
+    """Time each provider and the control for about `seconds`, in turn, so that a drifting clock affects all alike.
+
+    In another order each round: what a call leaves behind, such as heat, meets each of the others.
+    """
     kinds: dict[str, type[_Timer]] = {"events": _Events, "graph": _Graph, "wall": _Timer}
     timer, measured = kinds[clock](device), Measured(clock)
     samples: dict[str, list[float]] = {}
@@ -105,10 +109,10 @@ def measure(makers: Mapping[str, Maker], device: torch.device, clock: str, *, se
     budget, rounds, started = seconds * len(ready), 0, time.perf_counter()
     while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - started < budget):
         timer.new_round()
-        for name, sample in [*ready.items()]:
+        for name in random.Random(rounds).sample([*ready], len(ready)):  # none always follows the same one
             try:
                 _ask(calls.get(name), "refresh")
-                samples[name].append(sample())
+                samples[name].append(ready[name]())
             except Exception as error:
                 measured.failed[name] = error_line(error)
                 del ready[name], samples[name]

@@ -10,7 +10,7 @@ from reports import CPU, make_report, make_row, refusal
 
 from bench import __main__ as bench_main
 from bench import gpu, roofline, supervise
-from bench.record import Report, Row
+from bench.record import Report, Row, read_reports
 from kernels import _check, _proof, _tables, _tune
 from kernels._registry import all_specs
 
@@ -235,8 +235,10 @@ def test_make_gpu_proves_then_measures(red, tmp_path, monkeypatch, capsys):
     refused = asked["layer_norm", BF16, True]
     assert refused.startswith("not timed") if red else refused == ""
     assert asked["bias_gelu", BF16, True] == "" and asked["bias_gelu", torch.float16, True] == "asked again"
-    found = Report.read(tmp_path / "new" / "report.json")
+    (found,) = read_reports([tmp_path / "new"]).values()
     assert {row.kind for row in found.rows} == {"kernels", "train", "generate"}
+    trained = [(row.group, row.provider) for row in found.rows if row.kind == "train"]
+    assert len(trained) == len({*trained}), "two jobs of the same name"
     assert found.machine["launch_tables"] == "0123456789ab" and found.method["tuned"].startswith("3 measured and kept")
     out = capsys.readouterr().out
     summary = out[out.rindex("comparisons with float64") :].splitlines()

@@ -349,7 +349,13 @@ def test_tolerance_rule_is_the_one_in_use():
 
 def test_options_and_presets_of_training_exist():
     text, flags = READMES["model/training/README.md"], {f"--{f.name.replace('_', '-')}" for f in fields(TrainConfig)}
-    others = {"--max-restarts", "--standalone", "--nproc-per-node", "--vocab-size"}  # torchrun's, model.tokenizer's
+    others = {
+        "--max-restarts",
+        "--shutdown-timeout",
+        "--standalone",
+        "--nproc-per-node",
+        "--vocab-size",
+    }  # torchrun's, model.tokenizer's
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= flags | others
     assert set(preset_names()) == set(re.findall(r"`([\w-]+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.M))))
 

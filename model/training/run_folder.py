@@ -43,7 +43,7 @@ def new_folder(out: Path | None, name: str) -> Iterator[Path]:
         folder = out
         if (folder / CONFIG).exists():
             raise UserError(f"{folder} holds a run already: resume it with --resume {folder}, or choose another --out")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or files.names(folder)):
             raise UserError(f"{folder} exists and is not an empty folder: choose another --out")
     existed = folder.exists()
     folder.mkdir(parents=True, exist_ok=existed)
