@@ -31,6 +31,7 @@ from ._registry import Case, Draw, KernelSpec, register
 from ._tables import Options, choose
 from ._triton import NAMESPACE, tl, triton
 
+PADDING = tl.constexpr(64)  # a row in linear_cross_entropy.py is a multiple of so many elements
 _SPACE = {"BLOCK_V": (4096, 8192, 16384), "num_warps": (8, 16, 32)}
 
 
@@ -39,7 +40,7 @@ def tile(kernel: str, x: Tensor) -> Options:
     # A long row gets all threads of a program: of the two rows that a multiprocessor then works at, 26 MB on an H100,
     # L2 still holds what a second pass reads.
     V = x.shape[1]
-    BLOCK_V = min(max(64, triton.next_power_of_2(V)), 8192)
+    BLOCK_V = min(max(PADDING.value, triton.next_power_of_2(V)), 8192)
     BLOCK_M = max(1, 1024 // BLOCK_V)  # larger tiles of short rows at odd strides spill: an address an element
     default = {"BLOCK_M": BLOCK_M, "BLOCK_V": BLOCK_V, "num_warps": min(32, BLOCK_M * BLOCK_V // (32 * 8))}
     return choose(kernel, default, _SPACE if BLOCK_M == 1 else {}, x.device, dtype=x.dtype, V=V, vector=_vector(x))
@@ -129,16 +130,15 @@ def rows_forward(
 
 @triton.jit
 def _gradient_tile(
-    x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, start, V, V_ROW, RAGGED: tl.constexpr, BLOCK_V: tl.constexpr
+    x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, start, V_ROW, RAGGED: tl.constexpr, BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """Writes r exp(x - m) from column `start` on, 0 from V on; r = m = x = 0 where a row is not counted."""
+    """Writes r exp(x - m) from column `start` on; r = m = x = 0 where a row is not counted."""
     x = _logits_tile(x_ptrs, stride_xv, counted, start, V_ROW, RAGGED, BLOCK_V)  # (BLOCK_M, BLOCK_V), as is dx
     dx = _exp(x - m_i[:, None]) * r_i[:, None]
     offs_v = start + tl.arange(0, BLOCK_V)
     mask = mask_m[:, None]
     if RAGGED:
         mask &= (offs_v < V_ROW)[None, :]
-        dx = tl.where((offs_v < V)[None, :], dx, 0.0)
     tl.store(dx_ptrs[:, None] + offs_v[None, :], dx.to(dx_ptrs.dtype.element_ty), mask=mask)
 
 
@@ -148,7 +148,7 @@ def rows_backward(
 ):  # fmt: skip
     """Writes scale * (p - [v = t]), 0 in ignored rows, to the contiguous rows at dx_ptrs, which may be x_ptrs.
 
-    V_ROW >= V: elements of a row that are written, 0 from V on. Of a last tile alone: V_ROW <= V rounded up to BLOCK_V.
+    V_ROW, V to V + PADDING - 1: elements of a row that are written, 0 from V on.
     """
     counted = mask_m & (t != ignore_index)
     x_t = _target_logits(x_ptrs, t, stride_xv, counted, V)
@@ -156,11 +156,13 @@ def rows_backward(
     r_i = tl.where(counted, scale / l_i, 0.0)
     last = (V - 1) // BLOCK_V * BLOCK_V
     for start in range(0, last, BLOCK_V):
-        _gradient_tile(x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, start, V, V_ROW, False, BLOCK_V)
-    _gradient_tile(x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, last, V, V_ROW, True, BLOCK_V)
+        _gradient_tile(x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, start, V_ROW, False, BLOCK_V)
+    _gradient_tile(x_ptrs, dx_ptrs, m_i, r_i, stride_xv, mask_m, counted, last, V_ROW, True, BLOCK_V)
     tl.debug_barrier()  # another thread has written the target's element as one of the others; it is written again
     dx_t = _exp(x_t - m_i) * r_i - scale
     tl.store(dx_ptrs + t, dx_t.to(dx_ptrs.dtype.element_ty), mask=counted & _is_class(t, V))
+    pad = V + tl.arange(0, PADDING)  # masks in the last tile spill registers
+    tl.store(dx_ptrs[:, None] + pad[None, :], 0.0, mask=mask_m[:, None] & (pad < V_ROW)[None, :])
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from ._launch import launch, recording
 from ._registry import Case, Draw, KernelSpec, register
 from ._triton import NAMESPACE, tl, triton
 from .cross_entropy import (
+    PADDING,
     check_targets,
     cross_entropy_eager,
     draw_targets,
@@ -127,7 +128,7 @@ def linear_cross_entropy_fwd(
     (M, C), V = x.shape, weight.shape[0]
     # 50,257 columns are odd, and fast products need rows that are multiples of 16 bytes long: the kernel's have zeros
     # from V on, in w, g and dw.
-    V_ROW = V if eager else triton.cdiv(V, 64) * 64
+    V_ROW = V if eager else triton.cdiv(V, PADDING.value) * PADDING.value
     w, targets = _with_rows(weight, V_ROW, x.dtype), targets.contiguous()
     dx = torch.empty((M, C) if need_dx else 0, dtype=x.dtype, device=x.device)
     dw = (torch.empty if M else torch.zeros)((V_ROW, C) if need_dw else 0, dtype=torch.float32, device=x.device)

@@ -278,3 +278,15 @@ def test_retained_graph_gives_the_same_gradients(fn, device):
 def test_wrong_arguments_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64))
+
+
+def test_padding_of_a_row_adds_nothing(device):
+    """Its logits are 0, and e^(0 - max) is infinite where all classes are unlikely."""
+    x = torch.full((2, 8), -10.0, device=device, requires_grad=True)
+    weight = torch.full((65, 8), 10.0, device=device, requires_grad=True)
+    targets = torch.tensor([3, 64], device=device)
+    found = []
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            found.append(torch.autograd.grad(linear_cross_entropy(x, weight, targets), (x, weight)))
+    torch.testing.assert_close(*found)
