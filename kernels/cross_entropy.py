@@ -144,11 +144,12 @@ def _gradient_tile(
 
 @triton.jit
 def rows_backward(
-    x_ptrs, dx_ptrs, t, m_i, l_i, scale, stride_xv, mask_m, V, V_ROW, ignore_index, BLOCK_V: tl.constexpr
+    x_ptrs, dx_ptrs, t, m_i, l_i, scale, stride_xv, mask_m, V, V_ROW, ignore_index,
+    PADDED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes scale * (p - [v = t]), 0 in ignored rows, to the contiguous rows at dx_ptrs, which may be x_ptrs.
 
-    V_ROW, V to V + PADDING - 1: elements of a row that are written, 0 from V on.
+    V_ROW: elements of a row that are written: V, or PADDED, up to V + PADDING - 1, with 0 from V on.
     """
     counted = mask_m & (t != ignore_index)
     x_t = _target_logits(x_ptrs, t, stride_xv, counted, V)
@@ -161,8 +162,9 @@ def rows_backward(
     tl.debug_barrier()  # another thread has written the target's element as one of the others; it is written again
     dx_t = _exp(x_t - m_i) * r_i - scale
     tl.store(dx_ptrs + t, dx_t.to(dx_ptrs.dtype.element_ty), mask=counted & _is_class(t, V))
-    pad = V + tl.arange(0, PADDING)  # masks in the last tile spill registers
-    tl.store(dx_ptrs[:, None] + pad[None, :], 0.0, mask=mask_m[:, None] & (pad < V_ROW)[None, :])
+    if PADDED:  # by a store of its own: a mask in the last tile spills registers
+        pad = V + tl.arange(0, PADDING)
+        tl.store(dx_ptrs[:, None] + pad[None, :], 0.0, mask=mask_m[:, None] & (pad < V_ROW)[None, :])
 
 
 @triton.jit
@@ -195,7 +197,7 @@ def _cross_entropy_bwd_kernel(
     l_i = tl.load(l_ptr + offs_m, mask=mask_m, other=1.0)
     rows_backward(
         x_ptr + offs_m * stride_x[0], dx_ptr + offs_m * V, t, m_i, l_i, tl.load(scale_ptr), stride_x[1], mask_m, V, V,
-        ignore_index, BLOCK_V,
+        ignore_index, False, BLOCK_V,
     )  # fmt: skip
 
 

@@ -75,7 +75,8 @@ def evaluate(
         batches = data.windows(tokens, context, batch_size, max_windows, stride)
         for (idx, targets), counts in parallel.shard_batches(batches, world):
             idx = idx.to(device)
-            _, loss = model(idx, targets.to(device), documents=number_documents(idx, document_id))
+            options = {} if document_id is None else {"documents": number_documents(idx, document_id)}
+            _, loss = model(idx, targets.to(device), **options)
             if counts:
                 n = int((targets != IGNORE_INDEX).sum())
                 total += torch.stack([loss.double() * n, torch.full_like(total[1], n)])
@@ -152,7 +153,7 @@ def _measure_text(cfg: EvaluateConfig, model: GPT, tokenizer: Tokenizer) -> None
     context = model.config.n_positions
     options = checkpoint.read_state(cfg.run, cfg.checkpoint)["config"]
     losses: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:  # Windows keeps mapped files
         if cfg.data is None:
             if not (cfg.run / "data").exists():
                 raise UserError(f"{cfg.run} has no validation text, as a model that was imported: give --data FILE")

@@ -390,6 +390,12 @@ def test_change_must_exceed_that_of_the_control():
     assert len(_twenty([1.0] * 19 + [1.6], [1.5] + [1.0] * 19).of("slower")) == 1
 
 
+def test_one_time_says_nothing():
+    for n, verdict in ((1, "unclear"), (8, "slower")):
+        rows = [Row("quality", {}, "ours", "wall", (seconds,) * n) for seconds in (1.0, 1.5)]
+        assert comparison._change(rows[:1], rows[1:], [], [], 0.05).verdict == verdict
+
+
 def test_median_interval_covers_99_percent():
     generator = torch.Generator().manual_seed(0)
     hits, draws = 0, 2000

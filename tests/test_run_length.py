@@ -270,11 +270,11 @@ def test_first_of_minutes_and_loss_ends_the_run(until, here, capsys, ticking):
 
 
 @pytest.mark.slow
-def test_two_processes_end_together(here):
+def test_two_processes_end_together(until, here):
     """--minutes by the real clock: what is chosen depends on it, but both processes must choose the same."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    _, loss = until(here, ["--dropout", 0])
+    _, loss = until("--dropout", 0)
     for out, flags in (("a", ["--minutes", 0.1]), ("b", ["--steps", 40, "--until-loss", loss + 1e-3])):
         argv = [*command, ROOT / "train.py", *SMALL, "--dropout", 0, *flags, "--out", out]
         done = subprocess.run([str(arg) for arg in argv], cwd=here, env=env, capture_output=True, text=True)

@@ -232,10 +232,14 @@ class _Step:
         """Elements: three stacks of queries, keys and values, the most of one shape, and two of their squares."""
         return 15 * self.L * self.C * self.C
 
+    @property
+    def _rows(self) -> int:
+        """Rows of the table and of its gradient in kernels/linear_cross_entropy.py."""
+        return self.V if self.eager else self.V + -self.V % 64
+
     def _head(self) -> int:
         """The table in the activations' dtype, as kernels/linear_cross_entropy.py multiplies by it, if it is a copy."""
-        rows = self.V if self.eager else self.V + -self.V % 64
-        return rows * self.C * self.size if self.copy or rows != self.V else 0
+        return self._rows * self.C * self.size if self.copy or self._rows != self.V else 0
 
     def _loss(self) -> tuple[int, int, int]:
         """What the loss saves, what its passes need beyond the activations, and gradients of the table at the end."""
@@ -245,7 +249,8 @@ class _Step:
             return self.ids + self.row + 4 * M * V + head, 8 * M * V, 1
         inputs = 2 if self.model.recompute else 1
         forward = self._scratch() + inputs * self.row + self._head()
-        return self.ids + self.row + self.table, max(forward, self.row + self.table), 1 if self.eager else 2
+        gradient = self._rows * C * 4
+        return self.ids + self.row + gradient, max(forward, self.row + self.table), 1 if self.eager else 2
 
     def _attention(self) -> tuple[int, int]:
         """What a block's attention saves without its output, and its highest moment beyond the block's inputs."""

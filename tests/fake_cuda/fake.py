@@ -21,6 +21,7 @@ SOURCE = Path(__file__).with_name("device.cpp")
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=85_017_755_648,
     shared_memory_per_block_optin=232_448,
+    L2_cache_size=50 * 2**20,
 )  # fmt: skip
 
 
