@@ -144,13 +144,14 @@ def _gradient_tile(
 
 @triton.jit
 def rows_backward(
-    x_ptrs, dx_ptrs, t, m_i, l_i, scale, stride_xv, mask_m, V, V_ROW, ignore_index,
+    x_ptrs, dx_ptrs, t, m_i, l_i, scale, stride_xv, mask_m, widths, ignore_index,  # widths: V, V_ROW
     PADDED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Writes scale * (p - [v = t]), 0 in ignored rows, to the contiguous rows at dx_ptrs, which may be x_ptrs.
 
     V_ROW: elements of a row that are written: V, or PADDED, up to V + PADDING - 1, with 0 from V on.
     """
+    V, V_ROW = widths
     counted = mask_m & (t != ignore_index)
     x_t = _target_logits(x_ptrs, t, stride_xv, counted, V)
     tl.debug_barrier()  # every thread has read what another one may be about to overwrite
@@ -196,7 +197,7 @@ def _cross_entropy_bwd_kernel(
     m_i = tl.load(m_ptr + offs_m, mask=mask_m, other=0.0)
     l_i = tl.load(l_ptr + offs_m, mask=mask_m, other=1.0)
     rows_backward(
-        x_ptr + offs_m * stride_x[0], dx_ptr + offs_m * V, t, m_i, l_i, tl.load(scale_ptr), stride_x[1], mask_m, V, V,
+        x_ptr + offs_m * stride_x[0], dx_ptr + offs_m * V, t, m_i, l_i, tl.load(scale_ptr), stride_x[1], mask_m, (V, V),
         ignore_index, False, BLOCK_V,
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ def _loss_kernel(
     )
     tl.store(loss_ptr + offs_m, loss, mask=mask_m)
     if GRADIENT:
-        rows_backward(x_ptrs, x_ptrs, t, m_i, l_i, 1.0, 1, mask_m, V, stride_xm, ignore_index, True, BLOCK_V)
+        rows_backward(x_ptrs, x_ptrs, t, m_i, l_i, 1.0, 1, mask_m, (V, stride_xm), ignore_index, True, BLOCK_V)
 
 
 @triton.jit
