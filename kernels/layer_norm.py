@@ -62,7 +62,7 @@ def normalize(x, mask_n, N, eps):
     """xhat, mean and rstd of a tile of rows. x: (BLOCK_M, BLOCK_N) float32, zero where mask_n (BLOCK_N,) is not set."""
     total = tl.sum(x, 1)  # (BLOCK_M,), as are mean and rstd
     mean = total / N
-    # A GPU's division is off by 2 ulp, which counts in rows far from 0; by its remainder it becomes exact.
+    # A GPU's division is off by 2 ulp, which counts in rows far from 0; its remainder makes it correctly rounded.
     mean += tl.fma(-mean, tl.cast(N, tl.float32), total) / N
     xc = tl.where(mask_n[None, :], x - mean[:, None], 0.0)  # masked lanes would hold -mean
     rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, 1) / N + eps)

@@ -198,12 +198,14 @@ class LiveLine:
 _NO_MEMORY = "out of memory|not enough memory|(can't|annot) allocate memory"
 
 
-def _out_of_memory(error: Exception, config: type) -> str | None:
-    """One line if that is the error, with the options of `config` that need less; else None.
+def is_out_of_memory(error: Exception) -> bool:
+    """Torch's is known by its text: on the CPU it has no class of its own, and not every command imports torch."""
+    return isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)) is not None
 
-    Torch's error is known by its text: on the CPU it has no class of its own, and not every command imports torch.
-    """
-    if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
+
+def _out_of_memory(error: Exception, config: type) -> str | None:
+    """One line if that is the error, with the options of `config` that need less; else None."""
+    if not is_out_of_memory(error):
         return None
     options = getattr(config, "__dataclass_fields__", {})
     ways = ["a smaller --batch-size"] if "batch_size" in options else []

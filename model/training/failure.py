@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model import checkpoint, data
-from model.cli import UserError
+from model.cli import UserError, is_out_of_memory
 from model.data.shards import Tokens
 from model.training import parallel
 from model.training.options import TrainConfig
@@ -140,9 +140,8 @@ def torch_errors_as_user_errors(out_of_memory: Callable[[], str]) -> Iterator[No
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # Recognised by its text: a CPU's allocator has no class of its own, and Inductor's must not be imported here.
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise UserError(out_of_memory()) from None
-        if "InvalidCxxCompiler" in str(error):
+        if "InvalidCxxCompiler" in str(error):  # by its text: Inductor's class must not be imported here
             raise UserError("--compile needs a C++ compiler, such as g++: install one, or omit it") from None
         raise
