@@ -283,6 +283,19 @@ def test_no_gradients_and_no_mode_leaks_out(model):
     assert not decoder.draw().requires_grad and not decoder.logits.requires_grad
 
 
+def test_step_of_full_slots_reads_the_token_alone(model):
+    """By the path of a token, as a graph would record it, and not by that of a prompt."""
+    S = 8
+    decoder = Decoder(model, 2, S, sampling=GREEDY)
+    decoder.prefill(torch.arange(2 * S).view(2, S) % model.config.vocab_size)
+    drawn = decoder.draw().clone()
+    decoder.step()
+    with torch.inference_mode():
+        alone = model(drawn[:, None], logits="last")[0][:, 0]
+    torch.testing.assert_close(decoder.logits, alone.float())
+    assert decoder.lengths == [1, 1] and decoder.cache.length > 1
+
+
 # --- refusals
 
 
